@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`FormWriter`: builds a legal int8 form, operator by operator. What `export` and the tiny test models are written with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from isthmus.errors import IsthmusError
+from isthmus.form import ISLANDS_KEY, RECIPE_KEY
+from isthmus.graph import IR_VERSION, OPSET, QuantGraph
+from isthmus.recipe import Recipe
+
+Activation = str | tuple[str, float, float]
+
+
+class FormWriter:
+    """Every method takes and gives the name of an int8 tensor; `graph()` verifies and returns the `QuantGraph`.
+
+    Scales are float32; shapes are inferred by onnx at the end, so a mistake shows there, named by node.
+    """
+
+    def __init__(self, recipe: Recipe | None = None) -> None:
+        self.recipe = recipe or Recipe()
+        self._nodes: list[onnx.NodeProto] = []
+        self._initialisers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._islands: list[str] = []
+        self._quantisers: dict[str, tuple[str, str]] = {}  # int8 tensor -> names of its scale and zero point
+        self._dequantised: dict[str, str] = {}
+        self._taken: set[str] = set()
+
+    # ---- border
+    def input(self, name: str, shape: Sequence[int], *, scale: float, zero_point: int = 0) -> str:
+        """A float32 graph input, quantised at once."""
+        self._inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape)))
+        return self.quantise(name, scale=scale, zero_point=zero_point, name=f"{name}_quantised")
+
+    def float_input(self, name: str, shape: Sequence[int]) -> str:
+        """A float32 graph input that is not quantised here (a float island reads it)."""
+        self._inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape)))
+        return name
+
+    def output(self, tensor: str, name: str) -> None:
+        """A float32 graph output: the int8 tensor, dequantised."""
+        self._node("DequantizeLinear", [tensor, *self._quantisers[tensor]], [name], f"{name}_dequantise")
+        self.float_output(name)
+
+    def float_output(self, name: str) -> None:
+        """A float tensor that some node already writes becomes a graph output."""
+        self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+
+    def softmax_output(self, tensor: str, name: str, axis: int = -1) -> None:
+        """Dequantise and softmax: a float tail."""
+        self.float_node("Softmax", [self.dequantise(tensor)], [name], f"{name}_softmax", axis=axis)
+        self.float_output(name)
+
+    def float_node(self, op: str, inputs: Sequence[str], outputs: Sequence[str], name: str | None = None, **attributes: Any) -> None:
+        """A float island on float tensors (or constants made with `constant`)."""
+        self._islands.append(self._node(op, list(inputs), list(outputs), name, **attributes))
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        """An initialiser."""
+        self._initialisers[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)  # ascontiguousarray would turn a scalar into a vector
+        return name
+
+    # ---- int8 operators
+    def conv(
+        self, x: str, weight: np.ndarray, weight_scale: np.ndarray | float, bias: np.ndarray | None = None, *, scale: float, zero_point: int = 0,
+        activation: Activation = "", strides: Sequence[int] | None = None, pads: Sequence[int] | None = None, dilations: Sequence[int] | None = None,
+        group: int = 1, name: str | None = None,
+    ) -> str:  # fmt: skip
+        """weight int8 [out, in/group, *kernel]; bias int32 [out] at scale input x weight."""
+        rank = weight.ndim - 2
+        attributes = {
+            "kernel_shape": list(weight.shape[2:]),
+            "strides": list(strides or [1] * rank),
+            "pads": list(pads or [0] * (2 * rank)),
+            "dilations": list(dilations or [1] * rank),
+            "group": group,
+        }
+        return self._weighted("Conv", x, weight, 0, weight_scale, bias, scale, zero_point, activation, name, attributes)
+
+    def gemm(
+        self, x: str, weight: np.ndarray, weight_scale: np.ndarray | float, bias: np.ndarray | None = None, *, scale: float, zero_point: int = 0,
+        activation: Activation = "", name: str | None = None,
+    ) -> str:  # fmt: skip
+        """weight int8 [out, in]."""
+        return self._weighted("Gemm", x, weight, 0, weight_scale, bias, scale, zero_point, activation, name, {"transB": 1})
+
+    def matmul(
+        self, x: str, weight: np.ndarray, weight_scale: np.ndarray | float, *, scale: float, zero_point: int = 0, activation: Activation = "", name: str | None = None
+    ) -> str:
+        """weight int8 [in, out], no bias."""
+        return self._weighted("MatMul", x, weight, 1, weight_scale, None, scale, zero_point, activation, name, {})
+
+    def add(self, a: str, b: str, *, scale: float, zero_point: int = 0, activation: Activation = "", name: str | None = None) -> str:
+        return self._group("Add", [self.dequantise(a), self.dequantise(b)], scale, zero_point, activation, self._fresh(name or "add"), {})
+
+    def max_pool(
+        self, x: str, kernel: Sequence[int], strides: Sequence[int] | None = None, pads: Sequence[int] | None = None, ceil_mode: int = 0,
+        dilations: Sequence[int] | None = None, name: str | None = None,
+    ) -> str:  # fmt: skip
+        attributes = self._pool(kernel, strides, pads, ceil_mode) | {"dilations": list(dilations or [1] * len(kernel))}
+        return self._same_scale("MaxPool", [x], [], name, attributes)
+
+    def average_pool(
+        self, x: str, kernel: Sequence[int], strides: Sequence[int] | None = None, pads: Sequence[int] | None = None, ceil_mode: int = 0,
+        count_include_pad: int = 0, *, scale: float, zero_point: int = 0, name: str | None = None,
+    ) -> str:  # fmt: skip
+        attributes = self._pool(kernel, strides, pads, ceil_mode) | {"count_include_pad": count_include_pad}
+        return self._group("AveragePool", [self.dequantise(x)], scale, zero_point, "", self._fresh(name or "averagepool"), attributes)
+
+    def global_average_pool(self, x: str, *, scale: float, zero_point: int = 0, name: str | None = None) -> str:
+        return self._group("GlobalAveragePool", [self.dequantise(x)], scale, zero_point, "", self._fresh(name or "globalaveragepool"), {})
+
+    def relu(self, x: str, name: str | None = None) -> str:
+        return self._same_scale("Relu", [x], [], name, {})
+
+    def clip(self, x: str, low: float | None, high: float | None, name: str | None = None) -> str:
+        return self._same_scale("Clip", [x], self._clip_bounds(low, high), name, {})
+
+    def flatten(self, x: str, axis: int = 1, name: str | None = None) -> str:
+        return self._same_scale("Flatten", [x], [], name, {"axis": axis})
+
+    def reshape(self, x: str, shape: Sequence[int], name: str | None = None) -> str:
+        extents = self.constant(self._fresh("shape"), np.asarray(shape, np.int64))
+        return self._same_scale("Reshape", [x], [extents], name, {})
+
+    def concat(self, tensors: Sequence[str], axis: int, name: str | None = None) -> str:
+        return self._same_scale("Concat", tensors, [], name, {"axis": axis})
+
+    def requantize(self, x: str, *, scale: float, zero_point: int = 0, name: str | None = None) -> str:
+        return self.quantise(self.dequantise(x), scale=scale, zero_point=zero_point, name=name)
+
+    # ---- quantisers
+    def quantise(self, value: str, *, scale: float, zero_point: int = 0, name: str | None = None) -> str:
+        """QuantizeLinear of a float value."""
+        pair = (self.constant(self._fresh("scale"), np.float32(scale).reshape(())), self.constant(self._fresh("zero"), np.array(zero_point, np.int8)))
+        tensor = self._fresh(name or f"{value}_q")
+        self._node("QuantizeLinear", [value, *pair], [tensor], f"{tensor}_quantise")
+        self._quantisers[tensor] = pair
+        return tensor
+
+    def dequantise(self, tensor: str) -> str:
+        """The float value that stands for an int8 tensor: one DequantizeLinear, shared by its readers."""
+        if tensor not in self._quantisers:
+            raise IsthmusError(f"{tensor!r} is not an int8 tensor of this form: there are {sorted(self._quantisers)}")
+        if tensor not in self._dequantised:
+            value = self._fresh(f"{tensor}_real")
+            self._node("DequantizeLinear", [tensor, *self._quantisers[tensor]], [value], f"{tensor}_dequantise")
+            self._dequantised[tensor] = value
+        return self._dequantised[tensor]
+
+    def graph(self) -> QuantGraph:
+        """The finished graph, verified. Raises `ProblemsError` where it breaks a rule."""
+        return QuantGraph.from_model(self.model())
+
+    def model(self) -> onnx.ModelProto:
+        """The ONNX model, not verified."""
+        graph = helper.make_graph(self._nodes, "isthmus", self._inputs, self._outputs, list(self._initialisers.values()))
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="isthmus")
+        helper.set_model_props(model, {RECIPE_KEY: self.recipe.to_json(), ISLANDS_KEY: json.dumps(self._islands)})
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+    # ---- parts
+    def _weighted(
+        self, op: str, x: str, weight: np.ndarray, axis: int, weight_scale: np.ndarray | float, bias: np.ndarray | None, scale: float, zero_point: int,
+        activation: Activation, name: str | None, attributes: dict[str, Any],
+    ) -> str:  # fmt: skip
+        name = self._fresh(name or op.lower())
+        steps = np.asarray(weight_scale, np.float32)
+        steps = steps.reshape(()) if steps.size == 1 else steps.reshape(-1)
+        inputs = [self.dequantise(x), self._constant_real(f"{name}_weight", np.asarray(weight, np.int8), steps, axis)]
+        if bias is not None:
+            input_scale = numpy_helper.to_array(self._initialisers[self._quantisers[x][0]])
+            inputs.append(self._constant_real(f"{name}_bias", np.asarray(bias, np.int32), (input_scale * steps).astype(np.float32), 0))
+        return self._group(op, inputs, scale, zero_point, activation, name, attributes)
+
+    def _constant_real(self, name: str, values: np.ndarray, scale: np.ndarray, axis: int) -> str:
+        parts = [self.constant(f"{name}_int", values), self.constant(f"{name}_scale", scale), self.constant(f"{name}_zero", np.zeros(scale.shape, values.dtype))]
+        attributes = {"axis": axis} if scale.ndim else {}
+        self._node("DequantizeLinear", parts, [name], f"{name}_dequantise", **attributes)
+        return name
+
+    def _group(
+        self, op: str, inputs: Sequence[str], scale: float, zero_point: int, activation: Activation, name: str, attributes: dict[str, Any]
+    ) -> str:
+        """One int8 group; `name` is already reserved."""
+        value = f"{name}_out"
+        self._node(op, list(inputs), [value], name, **attributes)
+        if activation:
+            kind, *bounds = (activation,) if isinstance(activation, str) else activation
+            extra = self._clip_bounds(float(bounds[0]), float(bounds[1])) if bounds else []
+            self._node(kind, [value, *extra], [f"{name}_active"], f"{name}_{kind.lower()}")
+            value = f"{name}_active"
+        return self.quantise(value, scale=scale, zero_point=zero_point, name=f"{name}_q")
+
+    def _same_scale(self, op: str, tensors: Sequence[str], extra: Sequence[str], name: str | None, attributes: dict[str, Any]) -> str:
+        scale, zero = (numpy_helper.to_array(self._initialisers[part]) for part in self._quantisers[tensors[0]])
+        return self._group(op, [*(self.dequantise(tensor) for tensor in tensors), *extra], float(scale), int(zero), "", self._fresh(name or op.lower()), attributes)
+
+    def _clip_bounds(self, low: float | None, high: float | None) -> list[str]:
+        return ["" if bound is None else self.constant(self._fresh("bound"), np.array(bound, np.float32)) for bound in (low, high)]
+
+    @staticmethod
+    def _pool(kernel: Sequence[int], strides: Sequence[int] | None, pads: Sequence[int] | None, ceil_mode: int) -> dict[str, Any]:
+        rank = len(kernel)
+        return {"kernel_shape": list(kernel), "strides": list(strides or kernel), "pads": list(pads or [0] * (2 * rank)), "ceil_mode": ceil_mode}
+
+    def _node(self, op: str, inputs: list[str], outputs: list[str], name: str | None = None, **attributes: Any) -> str:
+        name = name or self._fresh(op.lower())
+        self._nodes.append(helper.make_node(op, inputs, outputs, name, **attributes))
+        return name
+
+    def _fresh(self, name: str) -> str:
+        candidate, count = name, 1
+        while candidate in self._taken:
+            count += 1
+            candidate = f"{name}_{count}"
+        self._taken.add(candidate)
+        return candidate

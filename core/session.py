@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Session`: one artifact opened in one engine. Checks live here, engines fill in three hooks. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from isthmus.errors import IsthmusError
+from isthmus.spec import TensorSpec
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Session:
+    """An opened artifact: a context manager that owns the engine.
+
+    `inputs` and `outputs` are the border as the engine sees it (dtype, layout, scale). `run` takes and gives float32 in the
+    form's layout (NCHW); `run_raw` takes and gives exactly what the specs say (int8, the engine's layout), with no check and
+    no copy beyond the engine's own: it is what the harness times.
+
+    An engine subclasses this, fills `_run_raw` and `_close`, and may override `engine_version`.
+    """
+
+    engine: str = ""
+
+    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self._closed = False
+
+    # ---- what an engine fills in
+    def _run_raw(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        return None
+
+    # ---- what everyone calls
+    def run_raw(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        """Raw in, raw out (int8 where the spec is int8), in the engine's layout. Outputs may be views that the next run overwrites."""
+        return self._run_raw(feeds)
+
+    def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        """float32 in, float32 out, form layout: quantises, permutes, checks names, shapes, dtypes and NaN.
+
+        Raises `IsthmusError` on a missing or extra name, a wrong shape, a dtype that is not numeric, or a NaN.
+        """
+        raw = {spec.name: spec.from_form(spec.quantise(self._checked(feeds, spec))) for spec in self.inputs}
+        self._no_extra(feeds)
+        results = self.run_raw(raw)
+        return {spec.name: spec.dequantise(spec.to_form(np.array(results[spec.name]))) for spec in self.outputs}
+
+    def run_quantised(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        """Raw values (int8) in the form's layout on both sides: what is compared with the integer reference."""
+        self._no_extra(feeds)
+        raw: dict[str, np.ndarray] = {}
+        for spec in self.inputs:
+            array = feeds.get(spec.name)
+            if array is None or tuple(array.shape) != spec.form_shape() or str(array.dtype) != spec.dtype:
+                found = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
+                raise IsthmusError(f"input {spec.name!r}: expected {spec.dtype}{list(spec.form_shape())}, found {found}")
+            raw[spec.name] = spec.from_form(array)
+        results = self.run_raw(raw)
+        return {spec.name: spec.to_form(np.array(results[spec.name])) for spec in self.outputs}
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ---- checks
+    def _no_extra(self, feeds: Arrays) -> None:
+        extra = sorted(set(feeds) - {spec.name for spec in self.inputs})
+        if extra:
+            raise IsthmusError(f"unknown input {extra[0]!r}: the model's inputs are {[spec.name for spec in self.inputs]}")
+
+    def _checked(self, feeds: Arrays, spec: TensorSpec) -> np.ndarray:
+        if spec.name not in feeds:
+            raise IsthmusError(f"input {spec.name!r} is missing: found {sorted(feeds)}")
+        array = np.asarray(feeds[spec.name])
+        if array.dtype.kind not in "fiub":
+            raise IsthmusError(f"input {spec.name!r}: expected numbers, found dtype {array.dtype}")
+        if tuple(array.shape) != spec.form_shape():
+            raise IsthmusError(f"input {spec.name!r}: expected shape {list(spec.form_shape())}, found {list(array.shape)}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise IsthmusError(f"input {spec.name!r} holds NaN or infinity")
+        return array.astype(np.float32, copy=False)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`TensorSpec`: what a tensor is at a border (of the graph, of an artifact, of a session). numpy only: devices import it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+# The order of axes in the form, by rank. Other ranks have no name for their axes and are never permuted.
+FORM_LAYOUTS = {2: "NC", 3: "NCW", 4: "NCHW"}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape (in the order of `layout`), dtype, and for int8 the quantisation: real = (q - zero_point) * scale.
+
+    `scale` and `zero_point` are None for float tensors. `axis` is the channel axis of a per-channel scale (weights only;
+    activations are per tensor, so None). `layout` is a word of axis letters ("NCHW", "NHWC") or "" where axes have no names.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str = ""
+    scale: float | None = None
+    zero_point: int | None = None
+    axis: int | None = None
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.scale is not None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def quantise(self, real: np.ndarray) -> np.ndarray:
+        """float -> int8: round half to even, saturate (ONNX QuantizeLinear, in float32 as the operator is specified)."""
+        if self.scale is None or self.zero_point is None:
+            return np.ascontiguousarray(real, dtype=self.dtype)
+        info = np.iinfo(self.dtype)
+        steps = np.rint(np.asarray(real, np.float32) / np.float32(self.scale)) + np.float32(self.zero_point)
+        return np.clip(steps, info.min, info.max).astype(self.dtype)
+
+    def dequantise(self, q: np.ndarray) -> np.ndarray:
+        """int8 -> float32 (ONNX DequantizeLinear)."""
+        if self.scale is None or self.zero_point is None:
+            return np.asarray(q)
+        return (q.astype(np.int32) - self.zero_point).astype(np.float32) * np.float32(self.scale)
+
+    def form_permutation(self) -> tuple[int, ...] | None:
+        """`x.transpose(p)` brings a tensor of this layout into the form's layout (NCHW); None where nothing moves."""
+        form = FORM_LAYOUTS.get(len(self.shape), "")
+        if not self.layout or self.layout == form:
+            return None
+        return tuple(self.layout.index(axis) for axis in form)
+
+    def to_form(self, array: np.ndarray) -> np.ndarray:
+        """An array in this spec's layout, brought to the form's (NHWC -> NCHW)."""
+        permutation = self.form_permutation()
+        return array if permutation is None else np.ascontiguousarray(array.transpose(permutation))
+
+    def from_form(self, array: np.ndarray) -> np.ndarray:
+        """An array in the form's layout, brought to this spec's (NCHW -> NHWC)."""
+        permutation = self.form_permutation()
+        return array if permutation is None else np.ascontiguousarray(array.transpose(np.argsort(permutation)))
+
+    def form_shape(self) -> tuple[int, ...]:
+        """The shape in the form's layout."""
+        permutation = self.form_permutation()
+        return self.shape if permutation is None else tuple(self.shape[axis] for axis in permutation)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TensorSpec:
+        return cls(**{**data, "shape": tuple(int(extent) for extent in data["shape"])})

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Target`: what turns a `QuantGraph` into a `BuildPlan`. One folder under `targets/` each, found by `registry`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from isthmus.errors import IsthmusError, Problem
+from isthmus.plan import BuildPlan
+from isthmus.profile import Profile
+
+if TYPE_CHECKING:
+    from isthmus.graph import QuantGraph
+
+
+@dataclass(frozen=True)
+class Option:
+    """One `--set name=value` of a target: its default gives the type."""
+
+    default: bool | int | float | str
+    help: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """The base of every target; a subclass fills `check` and `plan`. Frozen: a target has no state.
+
+    `ops` names the int8 operators (rows of `core/ops.py`) the target really has; `float_ops` what it runs as float islands.
+    """
+
+    name: str
+    ops: frozenset[str]
+    float_ops: frozenset[str] = frozenset()
+    schemes: frozenset[str] = frozenset({"power_of_two", "symmetric", "asymmetric"})
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+    def check(self, graph: QuantGraph, profile: Profile) -> list[Problem]:
+        """Every reason why this graph cannot become an artifact for this board, at once; empty where it can.
+
+        The base checks scheme and operator tables; a subclass adds its own rules to what `super().check` returns.
+        """
+        problems = []
+        if graph.recipe.scheme not in self.schemes:
+            problems.append(
+                Problem(
+                    "model",
+                    "scheme",
+                    f"scheme {graph.recipe.scheme!r}, but {self.name} takes {sorted(self.schemes)}",
+                    "quantise with a recipe of such a scheme (--recipe portable fits every target)",
+                )
+            )
+        for node in graph.nodes:
+            if node.op in ("QuantizeLinear", "DequantizeLinear"):
+                continue
+            table = self.ops if node.kind == "int8" else self.float_ops
+            if node.op not in table:
+                problems.append(
+                    Problem(
+                        node.name,
+                        "operator",
+                        f"{node.op} ({node.kind}) is not in the table of target {self.name}",
+                        f"replace the layer, cut the graph before it, or choose another target than {self.name}",
+                    )
+                )
+        return problems
+
+    def plan(self, graph: QuantGraph, profile: Profile, options: Mapping[str, Any]) -> BuildPlan:
+        """Files and steps that make the artifact. Touches no device and starts no tool."""
+        raise NotImplementedError
+
+    def with_defaults(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """`options` completed by the defaults. Raises `IsthmusError` on an unknown name or a value of another type."""
+        merged: dict[str, Any] = {name: option.default for name, option in self.options.items()}
+        for name, value in options.items():
+            if name not in merged:
+                raise IsthmusError(f"target {self.name} has no option {name!r}: it has {sorted(merged) or 'none'}")
+            kind = type(merged[name])
+            try:
+                if kind is bool and isinstance(value, str):
+                    merged[name] = {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+                else:
+                    merged[name] = converted = kind(value)
+                    if not isinstance(value, str) and converted != value:  # int(3.7), bool(5)
+                        raise ValueError
+            except (KeyError, TypeError, ValueError):
+                raise IsthmusError(f"option {name} of target {self.name}: expected {kind.__name__}, found {value!r}") from None
+        return merged
