@@ -288,28 +288,37 @@ class _Series:
                 spent += taken
                 if spent >= limit_ns:
                     break
-        except Exception as error:  # an engine raises what it likes; the samples before it are worth keeping, marked invalid
+        except Exception as error:  # noqa: BLE001 - an engine raises what it likes; the samples before it are worth keeping, marked invalid
             self.failure = f"{self.session.engine or 'the engine'} raised {type(error).__name__}: {str(error)[:300]}"
         if into is None:
             self.spent_ns += spent
 
     def warm_up(self, limit_ns: int) -> None:
         """Windows of runs until two medians in a row differ by less than WARMUP_TOLERANCE, two windows at least."""
-        medians: list[float] = []
+        last: float | None = None
         spent = 0
-        while not self.failure:
-            window = array("q")
-            while (len(window) < WARMUP_WINDOW_COUNT or sum(window) < WARMUP_WINDOW_NS) and not self.failure:
-                self.block(max(WARMUP_WINDOW_COUNT, len(window)), WARMUP_WINDOW_NS, into=window)
-                if sum(window) == 0:  # a clock that stands still would never fill a window
-                    break
+        while True:
+            window = self._window(limit_ns)
             self.warmup_count += len(window)
+            if self.failure:
+                return
             spent += sum(window)
-            medians.append(float(np.median(window)) if window else math.nan)
-            if len(medians) > 1:
-                self.warmup_change = abs(medians[-1] - medians[-2]) / max(medians[-2], 1.0)
+            median = float(np.median(window))
+            if last is not None:
+                self.warmup_change = abs(median - last) / max(last, 1.0)
                 if self.warmup_change <= WARMUP_TOLERANCE or spent >= limit_ns:
                     return
+            last = median
+
+    def _window(self, limit_ns: int) -> array[int]:
+        """WARMUP_WINDOW_COUNT runs and WARMUP_WINDOW_NS at least; of an engine so slow that two of these pass the limit, half the limit."""
+        window = array("q")
+        spent = 0
+        while not self.failure and (len(window) < WARMUP_WINDOW_COUNT or spent < WARMUP_WINDOW_NS) and spent < max(1, limit_ns // 2):
+            start = len(window)
+            self.block(max(WARMUP_WINDOW_COUNT, start), WARMUP_WINDOW_NS, into=window)
+            spent += sum(window[start:])
+        return window
 
     def lead_in(self) -> None:
         """One untimed run."""
@@ -323,7 +332,8 @@ class _Series:
         if self.failure:
             reasons.append(f"{self.failure} (after {len(self.samples_ns)} samples)")
         elif not self.is_enough(needed, round(min_duration_s * 1e9)):
-            reasons.append(f"time limit of {max_duration_s:g} s: {len(self.samples_ns)} of {needed} samples in {self.spent_ns / 1e9:.2f} of {min_duration_s:g} s")
+            taken = f"{len(self.samples_ns)} of {needed} samples in {self.spent_ns / 1e9:.2f} of {min_duration_s:g} s"
+            reasons.append(f"time limit of {max_duration_s:g} s: {taken}")
         settled = self.warmup_change is not None and self.warmup_change <= WARMUP_TOLERANCE
         if not settled and not self.failure:
             reasons.append(f"warm-up did not settle: the last two windows differ by {self.warmup_change or 0:.0%}, {WARMUP_TOLERANCE:.0%} is allowed")
@@ -385,8 +395,10 @@ def ratio_interval(a: Measurement, b: Measurement, *, confidence: float = 0.95, 
     batches for both: after `measure_interleaved` a drift both went through cancels. Raises `IsthmusError` below 2 samples each.
     """
     batches = min(BATCHES, a.count, b.count)
-    if batches < 2 or not 0 < confidence < 1 or resamples < 1:
-        raise IsthmusError(f"a ratio needs 2 samples each, a confidence between 0 and 1 and resamples, found {a.count} and {b.count}, {confidence}, {resamples}")
+    if batches < 2:
+        raise IsthmusError(f"a ratio needs at least 2 samples on each side, found {a.count} and {b.count}")
+    if not 0 < confidence < 1 or resamples < 1:
+        raise IsthmusError(f"a ratio needs a confidence between 0 and 1 and at least one resample, found {confidence} and {resamples}")
     pieces_a, pieces_b = (np.array_split(_thinned(one.samples_ns), batches) for one in (a, b))
     random = np.random.default_rng(seed)
     ratios = np.empty(resamples)
@@ -398,7 +410,9 @@ def ratio_interval(a: Measurement, b: Measurement, *, confidence: float = 0.95, 
 
 
 def _median_ratio(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.median(a)) / max(float(np.median(b)), 1.0)
+    """Of nearest-rank medians, as `p50_ns` gives them."""
+    medians = [int(np.partition(samples, (samples.size - 1) // 2)[(samples.size - 1) // 2]) for samples in (a, b)]
+    return medians[0] / max(medians[1], 1)
 
 
 def _thinned(samples: np.ndarray) -> np.ndarray:

@@ -47,25 +47,27 @@ RULES: dict[str, str] = {
 }
 
 
-def read_form(model: ir.Model) -> tuple[QuantGraph | None, list[Problem]]:
+def read_form(model: ir.Model | onnx.ModelProto) -> tuple[QuantGraph | None, list[Problem]]:
     """The graph and the broken rules: exactly one of them is non-empty."""
-    proto = ir.serde.serialize_model(model)
-    problems = _model_rules(proto)
-    if problems:
-        return None, problems
     try:
+        proto = model if isinstance(model, onnx.ModelProto) else ir.serde.serialize_model(model)
+        problems = _model_rules(proto)
+        if problems:
+            return None, problems
         onnx.checker.check_model(proto)
         inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+        # Only what the checker has passed goes on: onnx-ir's reader takes broken files for granted.
+        inside, given = ir.serde.deserialize_model(inferred), ir.serde.deserialize_model(proto)
     except Exception as error:  # the checker's C++ exceptions have several unrelated types
         return None, [Problem("model", "onnx-checker", _first_line(error), "export the model again with a current exporter")]
     try:
-        reader = _Reader(ir.serde.deserialize_model(inferred))
+        reader = _Reader(inside)
     except IsthmusError as error:
         return None, [Problem("model", "metadata", str(error), "compile the model with isthmus, which writes both")]
     reader.read()
     if reader.problems:
         return None, reader.problems
-    return reader.graph(model), []
+    return reader.graph(given), []
 
 
 def _first_line(error: Exception) -> str:

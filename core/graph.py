@@ -89,8 +89,6 @@ class QuantGraph:
         """Reads and verifies. Raises `ProblemsError` listing every broken rule with its node."""
         from isthmus.form import read_form
 
-        if isinstance(model, onnx.ModelProto):
-            model = ir.serde.deserialize_model(model)
         graph, problems = read_form(model)
         if problems or graph is None:
             raise ProblemsError("not a graph in int8 form", problems)

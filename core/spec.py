@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.errors import IsthmusError
+
 # The order of axes in the form, by rank. Other ranks have no name for their axes and are never permuted.
 FORM_LAYOUTS = {2: "NC", 3: "NCW", 4: "NCHW"}
 
@@ -44,7 +46,8 @@ class TensorSpec:
             return np.ascontiguousarray(real, dtype=self.dtype)
         info = np.iinfo(self.dtype)
         steps = np.rint(np.asarray(real, np.float32) / np.float32(self.scale)) + np.float32(self.zero_point)
-        return np.clip(steps, info.min, info.max).astype(self.dtype)
+        saturated: np.ndarray = np.clip(steps, info.min, info.max).astype(self.dtype)
+        return saturated
 
     def dequantise(self, q: np.ndarray) -> np.ndarray:
         """int8 -> float32 (ONNX DequantizeLinear)."""
@@ -79,4 +82,27 @@ class TensorSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TensorSpec:
-        return cls(**{**data, "shape": tuple(int(extent) for extent in data["shape"])})
+        """Raises `IsthmusError` where the data is not what `to_json` writes (a manifest is read before anybody vouches for it)."""
+        try:
+            spec = cls(**{**data, "shape": tuple(data["shape"])})
+            sound = _sound(spec)  # the fields are whatever the file held
+        except (KeyError, TypeError, ValueError, OverflowError):
+            sound = False
+        if not sound:
+            raise IsthmusError(f"not the description of a tensor: {str(data)[:200]}")
+        return spec
+
+
+def _sound(spec: Any) -> bool:
+    """Whether every field is of its type and range. Raises `TypeError` where a comparison already shows that it is not."""
+    return (
+        isinstance(spec.name, str)
+        and all(type(extent) is int and 0 <= extent < 2**63 for extent in spec.shape)
+        and np.dtype(spec.dtype).name == spec.dtype
+        and np.dtype(spec.dtype).kind in "fiub"
+        and (spec.layout == "" or sorted(spec.layout) == sorted(FORM_LAYOUTS.get(len(spec.shape), "")))
+        and (spec.scale is None) == (spec.zero_point is None)
+        and (spec.scale is None or (np.dtype(spec.dtype).kind == "i" and 0 < spec.scale < float("inf")))
+        and (spec.zero_point is None or (type(spec.zero_point) is int and -(2**31) <= spec.zero_point < 2**31))
+        and (spec.axis is None or type(spec.axis) is int)
+    )

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a figure was measured on: read from the operating system, never guessed. What cannot be read is None. Standard library and numpy only."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CPU_FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+
+
+def host_conditions() -> dict[str, Any]:
+    """Machine, processor, clocks, load and versions, as plain JSON data."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "board": _read(Path("/proc/device-tree/model")),
+        "cpu_model": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "cpu_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "governor": _read(CPU_FREQUENCY / "scaling_governor"),
+        "clock_khz": _whole(_read(CPU_FREQUENCY / "scaling_cur_freq")),
+        "max_clock_khz": _whole(_read(CPU_FREQUENCY / "cpuinfo_max_freq")),
+        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+
+
+def _read(path: Path) -> str | None:
+    """The first line of a small file of the kernel, None where this machine has none (a virtual machine shows no governor)."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").split("\n")[0].strip("\0 \t") or None
+    except OSError:
+        return None
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdigit() else None
+
+
+def _cpu_model() -> str | None:
+    """x86 names the processor in /proc/cpuinfo; most ARM kernels do not, and then the architecture is all there is."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.lower().startswith(("model name", "hardware")) and ":" in line]
+    return named[0] if named else (platform.processor() or platform.machine() or None)

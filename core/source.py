@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `compile` is given, read into one form: a float ONNX model, an int8 one, or a network that is trained first."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from isthmus.dataset import Dataset
+from isthmus.errors import IsthmusError
+from isthmus.form import RECIPE_KEY
+from isthmus.graph import QuantGraph, load_onnx
+from isthmus.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+Say = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as brought: exactly one of `graph` (already in the form), `quantised` (QDQ of some other writer) or `float_model` decides
+    the road; a zoo system brings its float model with an already quantised one, its data and its seed.
+
+    `calibration` and `evaluation` are data that came with the model (a zoo system's own splits), None for a user's file.
+    """
+
+    name: str
+    float_model: onnx.ModelProto | None = None
+    quantised: onnx.ModelProto | None = None
+    graph: QuantGraph | None = None
+    calibration: Dataset | None = None
+    evaluation: Dataset | None = None
+    notes: tuple[str, ...] = ()
+
+
+def load_source(model: Any, example_inputs: Any, shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, say: Say) -> Source:
+    """Reads `model`: a path (.onnx, .pt2), "package.module:factory", "zoo:NAME[@PRESET]", a `torch.nn.Module`, an `onnx.ModelProto` or a `QuantGraph`.
+
+    Raises `IsthmusError` where it is none of these, or cannot be read.
+    """
+    if isinstance(model, QuantGraph):
+        return Source("graph", graph=model)
+    if isinstance(model, onnx.ModelProto):
+        return _from_onnx(model, model.graph.name or "model", shapes)
+    if isinstance(model, str | Path):
+        text = str(model)
+        if text.startswith("zoo:"):
+            return _from_zoo(text, recipe, say)
+        if text.endswith(".pt2"):
+            from isthmus.export.module import onnx_from_pt2
+
+            say("reading the exported program", None)
+            return _from_onnx(onnx_from_pt2(text), Path(text).stem, shapes)
+        if text.endswith(".onnx") or Path(text).exists():
+            return _from_onnx(load_onnx(text), Path(text).stem, shapes)
+        if ":" in text:
+            module, inputs = _from_factory(text)
+            return _from_module(module, example_inputs if example_inputs is not None else inputs, text, shapes, say)
+        raise IsthmusError(f"{text}: no such file; give a .onnx, a .pt2, package.module:factory or zoo:NAME")
+    if hasattr(model, "forward") and hasattr(model, "state_dict"):
+        return _from_module(model, example_inputs, type(model).__name__, shapes, say)
+    raise IsthmusError(f"a {type(model).__name__} is no model: give a path, a torch.nn.Module, an onnx.ModelProto or a QuantGraph")
+
+
+def _from_onnx(model: onnx.ModelProto, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Source:
+    if any(entry.key == RECIPE_KEY for entry in model.metadata_props):
+        return Source(name, graph=QuantGraph.from_model(model))
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node):
+        return Source(name, quantised=model)
+    from isthmus.export.prepare import prepare_float
+
+    return Source(name, float_model=prepare_float(model, shapes))
+
+
+def _from_module(module: torch.nn.Module, example_inputs: Any, name: str, shapes: Mapping[str, tuple[int, ...]], say: Say) -> Source:
+    from isthmus.export.module import onnx_from_module
+
+    if example_inputs is None:
+        raise IsthmusError(f"{name}: a module needs example inputs (isthmus.compile(module, example_inputs=...)), or a factory that returns (module, example_inputs)")
+    say("exporting the module to ONNX", None)
+    return _from_onnx(onnx_from_module(module, example_inputs), name, shapes)
+
+
+def _from_factory(text: str) -> tuple[torch.nn.Module, Any]:
+    """`package.module:factory` is code the user names himself: it is imported (the current folder counts) and called without arguments."""
+    place, _, attribute = text.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        factory = getattr(importlib.import_module(place), attribute)
+    except ImportError as error:
+        raise IsthmusError(f"{text}: {place} cannot be imported: {error}") from error
+    except AttributeError:
+        raise IsthmusError(f"{text}: module {place} has no {attribute!r}") from None
+    if not callable(factory):
+        raise IsthmusError(f"{text}: {attribute} is a {type(factory).__name__}, expected a function that returns the module or (module, example_inputs)")
+    made = factory()
+    return made if isinstance(made, tuple) else (made, None)
+
+
+def _from_zoo(text: str, recipe: Recipe, say: Say) -> Source:
+    from isthmus.zoo_source import zoo_source
+
+    return zoo_source(text, recipe, say)
