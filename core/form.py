@@ -229,7 +229,7 @@ class _Reader:
             self.nodes.append(QuantNode(_label(node), "DequantizeLinear", "border", (_name(source),), (_name(out),)))
 
     def _is_float_consumer(self, node: ir.Node) -> bool:
-        return node.op_type != "QuantizeLinear" and self._group(node) is None
+        return node.op_type != "QuantizeLinear" and (self._group(node) is None or _label(node) in self.islands)
 
     def _constant_dequantiser(self, node: ir.Node, source: ir.Value, out: ir.Value) -> None:
         values = _constant(source)
@@ -308,6 +308,10 @@ class _Reader:
             if read is None:
                 return
             weight, scale, bias = read
+            depth = self.tensors[inputs[0]].shape[1] if node.op_type == "Conv" else 0
+            if node.op_type == "Conv" and (list(weight.shape[2:]) != attributes["kernel_shape"] or weight.shape[1] * attributes["group"] != depth or weight.shape[0] % attributes["group"]):
+                self._say(label, "weight", f"a weight of shape {list(weight.shape)} for {depth} channels in {attributes['group']} groups", "give [out, in/group, *kernel]")
+                return
         elif len(inputs) != sum(value is not None for value in node.inputs) and node.op_type not in ("Reshape", "Clip"):
             self._say(label, "operand", f"{node.op_type} has a constant operand", "fold it into the layer before, or list the node as a float island")
             return
@@ -410,6 +414,10 @@ class _Reader:
             if given.pop("storage_order", 0) != 0:
                 self._say(label, "attributes", "storage_order 1", "use row-major pooling")
                 return None
+            wrong = _wrong_window(given, self._shape(node.outputs[0]))
+            if wrong:
+                self._say(label, "attributes", wrong, "export the model again")
+                return None
         if node.op_type == "Concat":
             rank = len(self._shape(node.outputs[0]))
             given["axis"] = given["axis"] % rank if rank else 0
@@ -422,6 +430,20 @@ class _Reader:
             self._say(label, "attributes", "Concat along the batch", "join along another axis")
             return None
         return given
+
+
+def _wrong_window(given: Mapping[str, Any], output: tuple[int, ...]) -> str:
+    """What is impossible in a window's attributes; onnx's own checker lets some of it through."""
+    rank = len(output) - 2
+    for name, length, least in (("kernel_shape", rank, 1), ("strides", rank, 1), ("dilations", rank, 1), ("pads", 2 * rank, 0)):
+        values = given[name]
+        if len(values) != length or any(value < least for value in values):
+            return f"{name} {values} for {rank} space axes"
+    if given.get("group", 1) < 1:
+        return f"group {given['group']}"
+    if "group" not in given and any(pad >= given["kernel_shape"][axis % rank] for axis, pad in enumerate(given["pads"])):
+        return f"pads {given['pads']} as large as the kernel {given['kernel_shape']}: a window of padding alone"
+    return ""
 
 
 def _border_spec(tensors: Mapping[str, TensorSpec], raw: str, border: TensorSpec) -> TensorSpec:

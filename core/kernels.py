@@ -13,6 +13,7 @@ from itertools import product
 import numpy as np
 
 EXACT_FLOAT32 = 2**24
+COLUMNS_BYTES = 32 * 2**20
 INT8_MIN, INT8_MAX = -128, 127
 
 
@@ -22,9 +23,11 @@ def requantise(accumulator: np.ndarray, multiplier: np.ndarray | float, zero_poi
     return np.clip(steps, clamp[0], clamp[1]).astype(np.int8)
 
 
-def _exact_dtype(terms: int) -> type[np.floating]:
-    # |q - zero_point| <= 255, |weight| <= 128
-    return np.float32 if terms * 255 * 128 < EXACT_FLOAT32 else np.float64
+def _exact_dtype(weight: np.ndarray, axis: int, zero_point: int) -> type[np.floating]:
+    """float32 where no partial sum of products, whatever the input, reaches 2^24; `axis` is the weight's output axis."""
+    others = tuple(other for other in range(weight.ndim) if other != axis)
+    worst = int(np.abs(weight.astype(np.int64)).sum(axis=others).max(initial=0)) * max(INT8_MAX - zero_point, zero_point - INT8_MIN)
+    return np.float32 if worst < EXACT_FLOAT32 else np.float64
 
 
 def _pad(x: np.ndarray, pads: Sequence[int], value: float) -> np.ndarray:
@@ -49,25 +52,31 @@ def conv_accumulate(
     Padding is real zero, that is the zero point. Source of the operator: ONNX Conv.
     """
     kernel = weight.shape[2:]
-    dtype = _exact_dtype(int(np.prod(weight.shape[1:])))
+    dtype = _exact_dtype(weight, 0, zero_point)
     padded = _pad(x.astype(dtype) - dtype(zero_point), pads, 0.0)
     out = [(extent - ((k - 1) * d + 1)) // s + 1 for extent, k, s, d in zip(padded.shape[2:], kernel, strides, dilations, strict=True)]
-    batch, channels = x.shape[:2]
     filters, depth = weight.shape[:2]
-    positions = int(np.prod(out))
-    grouped = weight.reshape(group, filters // group, depth, *kernel).astype(dtype)
-    total = np.zeros((batch, group, filters // group, positions), dtype)
-    for offset in product(*(range(extent) for extent in kernel)):
-        seen = _window(padded, offset, out, strides, dilations).reshape(batch, group, channels // group, positions)
-        element = grouped[(slice(None), slice(None), slice(None), *offset)]
-        total += seen * element if depth == 1 else np.matmul(element, seen)
-    result = total.reshape(batch, filters, *out).astype(np.float64)
+    grouped = weight.reshape(group, filters // group, depth * int(np.prod(kernel))).astype(dtype)
+    per_sample = group * grouped.shape[2] * int(np.prod(out)) * np.dtype(dtype).itemsize
+    step = max(1, COLUMNS_BYTES // max(1, per_sample))
+    parts = [np.matmul(grouped, _columns(padded[start : start + step], kernel, out, strides, dilations, group)) for start in range(0, len(x), step)]
+    result = np.concatenate(parts).reshape(len(x), filters, *out).astype(np.float64)
     return result if bias is None else result + bias.reshape(1, -1, *([1] * len(out)))
+
+
+def _columns(padded: np.ndarray, kernel: Sequence[int], out: Sequence[int], strides: Sequence[int], dilations: Sequence[int], group: int) -> np.ndarray:
+    """What each output position sees (N, group, depth * kernel, positions): a convolution becomes one matrix product a sample and group."""
+    batch, channels = padded.shape[:2]
+    depth = channels // group
+    columns = np.empty((batch, group, depth, int(np.prod(kernel)), int(np.prod(out))), padded.dtype)
+    for index, offset in enumerate(product(*(range(extent) for extent in kernel))):
+        columns[:, :, :, index] = _window(padded, offset, out, strides, dilations).reshape(batch, group, depth, -1)
+    return columns.reshape(batch, group, -1, columns.shape[-1])
 
 
 def matmul_accumulate(x: np.ndarray, zero_point: int, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
     """x int8 (..., K), weight int8 (K, M), bias int32 (M) -> accumulators (..., M), exact, as float64 integers."""
-    dtype = _exact_dtype(weight.shape[0])
+    dtype = _exact_dtype(weight, 1, zero_point)
     total = np.matmul(x.astype(dtype) - dtype(zero_point), weight.astype(dtype)).astype(np.float64)
     return total if bias is None else total + bias
 

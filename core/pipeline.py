@@ -30,7 +30,7 @@ from isthmus.tools import find_tool, tool_names
 
 GOLDEN_SAMPLES = 512
 GOLDEN_BYTES = 64 * 2**20
-STRESS_SAMPLES = 8
+STRESS_SAMPLES = 16
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -68,7 +69,8 @@ def histogram(profile: str, measurement: Measurement) -> Html:
     beyond = int(np.count_nonzero(samples > x.high))
     described = f"{whole(measurement.count)} samples; " + ", ".join(f"{name} {duration(measurement.percentile_ns(p))}" for p, name in MARKS)
     tail = element("text", f"+ {whole(beyond)} slower, up to {duration(int(samples.max()))} →", x=WIDTH - RIGHT, y=TOP + 12, class_="end") if beyond else None
-    body = [element("g", bars, class_="bars"), _marks(measurement, x), _x_ticks(x, "latency" + (", logarithmic" if logarithmic else "")), _y_counts(y), tail]
+    label = "latency, logarithmic" if logarithmic else "latency"
+    body = [_y_counts(y), element("g", bars, class_="bars"), _marks(measurement, x), _x_ticks(x, label), tail]
     return _drawing(f"Latency histogram of {profile}", described, body)
 
 
@@ -90,13 +92,8 @@ def timeline(profile: str, measurement: Measurement) -> Html:
     beyond = int(np.count_nonzero(samples > y.high))
     described = f"{whole(measurement.count)} samples over {duration(float(elapsed[-1]))} in the engine"
     note = element("text", f"{whole(beyond)} reach above", x=WIDTH - RIGHT, y=11, class_="end") if beyond else None
-    body = [
-        element("g", bars, class_="bars range"),
-        element("polyline", points=" ".join(line), class_="median"),
-        _x_ticks(x, "time in the engine"),
-        _y_times(y),
-        note,
-    ]
+    median = element("polyline", points=" ".join(line), class_="median")
+    body = [_y_times(y), element("g", bars, class_="bars range"), median, _x_ticks(x, "time in the engine"), note]
     return _drawing(f"Course of latency of {profile}", described, body)
 
 
@@ -104,33 +101,35 @@ def overview(measurements: Mapping[str, Measurement]) -> Html:
     """All profiles on one axis: p50 as a dot, a line to p99."""
     low = min(m.p50_ns for m in measurements.values()) / 1.6
     high = max(m.p99_ns for m in measurements.values()) * 1.6
-    width, row, left = 880.0, 34.0, 150.0
-    height = row * len(measurements) + 42
-    x = Axis(max(low, 0.5), high, left, width - 20, logarithmic=True)
-    rows = []
-    for index, (profile, m) in enumerate(measurements.items()):
-        y = 22 + row * index
-        described = f"p50 {duration(m.p50_ns)}, p99 {duration(m.p99_ns)}" + ("" if m.valid else " (not valid)")
-        rows.append(
-            element(
-                "g",
-                element("title", f"{profile}: {described}"),
-                element("text", profile if len(profile) < 20 else profile[:18] + "…", x=left - 12, y=y + 4, class_="end name"),
-                element("line", x1=x.at(m.p50_ns), x2=x.at(m.p99_ns), y1=y, y2=y, class_="reach"),
-                element("line", x1=x.at(m.p99_ns), x2=x.at(m.p99_ns), y1=y - 6, y2=y + 6, class_="reach"),
-                element("circle", cx=x.at(m.p50_ns), cy=y, r=5.5, class_="dot"),
-                element("text", described, x=min(x.at(m.p50_ns), width - 200), y=y - 10),
-            )
-        )
+    row = 42.0
+    height = row * len(measurements) + 26
+    x = Axis(max(low, 0.5), high, 4, WIDTH - 4, logarithmic=True)
     ticks = [
         join(
-            element("line", x1=x.at(t), x2=x.at(t), y1=6, y2=height - 24, class_="grid"),
-            element("text", duration(t).replace(".00", "").replace(".0 ", " "), x=x.at(t), y=height - 8, class_="middle"),
+            element("line", x1=x.at(t), x2=x.at(t), y1=2, y2=height - 20, class_="grid"),
+            element("text", re.sub(r"\.0+(?= )", "", duration(t)), x=x.at(t), y=height - 6, class_="middle"),
         )
         for t in x.ticks()
+        if x.start + 16 < x.at(t) < x.end - 16
     ]
-    names = ", ".join(f"{profile}: p50 {duration(m.p50_ns)}, p99 {duration(m.p99_ns)}" for profile, m in measurements.items())
-    return _drawing("Latency of all measured profiles, logarithmic axis", names, [*ticks, *rows], width, height, "wide")
+    rows = [_reach(profile, m, x, 16 + row * index) for index, (profile, m) in enumerate(measurements.items())]
+    described = ", ".join(f"{profile}: {_in_words(m)}" for profile, m in measurements.items())
+    return _drawing("Latency of all measured profiles, logarithmic axis", described, [*ticks, *rows], WIDTH, height)
+
+
+def _reach(profile: str, m: Measurement, x: Axis, y: float) -> Html:
+    name = profile if len(profile) < 24 else profile[:22] + "…"
+    return element(
+        "g",
+        element("text", element("tspan", name, class_="name"), f"  {_in_words(m)}", x=4, y=y),
+        element("line", x1=x.at(m.p50_ns), x2=x.at(m.p99_ns), y1=y + 13, y2=y + 13, class_="reach"),
+        element("line", x1=x.at(m.p99_ns), x2=x.at(m.p99_ns), y1=y + 8, y2=y + 18, class_="reach"),
+        element("circle", cx=x.at(m.p50_ns), cy=y + 13, r=4.5, class_="dot"),
+    )
+
+
+def _in_words(m: Measurement) -> str:
+    return f"p50 {duration(m.p50_ns)}, p99 {duration(m.p99_ns)}" + ("" if m.valid else " (not valid)")
 
 
 def share_bar(share: float) -> Html:
@@ -208,7 +207,14 @@ def _y_ticks(axis: Axis, ticks: Sequence[tuple[float, str]], label: str) -> Html
     return join(drawn, element("text", label, x=4, y=axis.end - 4 if axis.end > 30 else 11, class_="label"))
 
 
-def _drawing(title: str, described: str, body: Sequence[object], width: float = WIDTH, height: float = HEIGHT, kind: str = "") -> Html:
-    return element("svg", element("title", title), element("desc", described), *body, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=f"{title}: {described}", class_=f"chart {kind}".strip())
-
-
+def _drawing(title: str, described: str, body: Sequence[object], width: float = WIDTH, height: float = HEIGHT) -> Html:
+    return element(
+        "svg",
+        element("title", title),
+        element("desc", described),
+        *body,
+        viewBox=f"0 0 {width:g} {height:g}",
+        role="img",
+        aria_label=f"{title}: {described}",
+        class_="chart",
+    )

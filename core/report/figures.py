@@ -55,6 +55,15 @@ def percent(share: float) -> str:
     return f"{math.floor(share * 100_000) / 1000:.3f} %"
 
 
+def portion(share: float) -> str:
+    """A part of a whole, to one decimal; what is there but small is not shown as nothing."""
+    return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
+
+
+def threads(count: object) -> str:
+    return f"{count} thread" if count == 1 else f"{count} threads"
+
+
 def accuracy(share: float | None) -> str:
     return DASH if share is None else f"{share:.4f}"
 

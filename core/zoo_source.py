@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A zoo system as a `Source`: trained here, quantised with Brevitas where the recipe has QAT epochs, judged on scans it never saw."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import onnx
+
+from isthmus.dataset import Dataset
+from isthmus.recipe import Recipe
+from isthmus.source import Say, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from isthmus.train.zoo import ZooSystem
+
+INPUT, OUTPUT = "image", "logits"
+SPLIT_SEED = 0
+
+
+def zoo_source(reference: str, recipe: Recipe, say: Say) -> Source:
+    """Trains the system of "zoo:NAME[@PRESET]" from scratch with the recipe's seed.
+
+    Training and calibration use the training part, the best epoch is chosen on the validation part, accuracy is reported on the test part.
+    """
+    from isthmus.export.prepare import prepare_float
+    from isthmus.train import zoo
+    from isthmus.train.loop import fit
+
+    system, preset = zoo.parse(reference)
+    split = system.data(SPLIT_SEED)
+    module = system.module(preset, recipe.seed)
+    trained = fit(module, split, replace(system.train, seed=recipe.seed), _progress("training", say))
+    notes = [
+        f"{system.name}@{preset}: {len(split.x_train)} training, {len(split.x_val)} validation and {len(split.x_test)} test samples, split seed {SPLIT_SEED}, training seed {recipe.seed}",
+        f"float training: {len(trained.epochs) - 1} epochs in {trained.seconds:.1f} s, best epoch {trained.best.number} by validation accuracy {trained.best.validation_accuracy:.4f}",
+    ]
+    quantised = None
+    if recipe.qat_epochs:
+        quantised, note = _qat(system, preset, module, recipe, say)
+        notes.append(note)
+    return Source(
+        f"{system.name}@{preset}",
+        float_model=prepare_float(_float_onnx(module, _example(system, preset)), {}),
+        quantised=quantised,
+        calibration=Dataset({INPUT: split.x_train}, split.y_train, f"{system.name}: training part"),
+        evaluation=Dataset({INPUT: split.x_test}, split.y_test, f"{system.name}: test part"),
+        notes=tuple(notes),
+    )
+
+
+def untrained_onnx(reference: str) -> onnx.ModelProto:
+    """The float network of a zoo system with random weights: enough for its cost."""
+    from isthmus.train import zoo
+
+    system, preset = zoo.parse(reference)
+    return _float_onnx(system.module(preset), _example(system, preset))
+
+
+def _qat(system: ZooSystem, preset: str, module: nn.Module, recipe: Recipe, say: Say) -> tuple[onnx.ModelProto, str]:
+    from isthmus.quantize import qat
+    from isthmus.train.loop import TrainResult, fit
+
+    split = system.data(SPLIT_SEED)
+    config = replace(system.qat, epochs=recipe.qat_epochs, learning_rate=recipe.qat_learning_rate, seed=recipe.seed)
+    results: list[TrainResult] = []
+    example = _example(system, preset)
+    quantised = qat.quantise(module, example, split.x_train, recipe, lambda inner: results.append(fit(inner, split, config, _progress("quantisation-aware training", say))))
+    best = results[0].best
+    note = f"quantisation-aware training: {recipe.qat_epochs} epochs in {results[0].seconds:.1f} s, best epoch {best.number} by validation accuracy {best.validation_accuracy:.4f}"
+    return qat.to_qcdq(quantised, example, [INPUT], [OUTPUT]), note
+
+
+def _example(system: ZooSystem, preset: str) -> Tensor:
+    import torch
+
+    return torch.zeros(system.input_shape(system.configuration(preset)))
+
+
+def _float_onnx(module: nn.Module, example: Tensor) -> onnx.ModelProto:
+    from isthmus.export.module import onnx_from_module
+
+    return onnx_from_module(module, (example,), input_names=[INPUT], output_names=[OUTPUT])
+
+
+def _progress(stage: str, say: Say):  # type: ignore[no-untyped-def]  # train.loop.Progress, which core does not import
+    def moved(done: int, total: int, text: str) -> None:
+        say(f"{stage}: {text}", done / total)
+
+    return moved

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every target on every tiny model: an artifact that equals the reference, or a refusal that is expected, named, and says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from isthmus import pipeline
+from isthmus.bundle import Bundle
+from isthmus.errors import ProblemsError
+from isthmus.graph import QuantGraph
+from isthmus.profile import load_profile
+
+MODELS = sorted((Path(__file__).parents[1] / "models").glob("*.onnx"))
+TOOLS = {"cpu": ("onnxruntime",), "rpi5": ("litert",), "jetson-orin-nano": ("tensorrt_rtx",), "pynq-z2": ("hls4ml", "qonnx", "g++"), "null": ()}
+SAMPLES = 64
+
+# What a target refuses, and by which rule. A model that is missing here must become an artifact.
+REFUSED: dict[str, dict[str, str]] = {
+    "cpu": {},
+    "rpi5": {},
+    "null": {},
+    "jetson-orin-nano": dict.fromkeys(("conv_asymmetric", "gemm_asymmetric", "add_asymmetric", "average_pool_asymmetric", "network_asymmetric"), "scheme"),
+    "pynq-z2": dict.fromkeys(
+        ("conv_asymmetric", "gemm_asymmetric", "add_asymmetric", "average_pool_asymmetric", "network_asymmetric", "conv_symmetric", "gemm_symmetric", "network_symmetric"), "scheme"
+    ),
+}
+
+
+def _samples(graph: QuantGraph) -> dict[str, np.ndarray]:
+    """Real numbers that reach every int8 value, and a little beyond both ends."""
+    generator = np.random.default_rng(3)
+    return {spec.name: (generator.uniform(-140, 140, (SAMPLES, *spec.shape[1:])) * float(spec.scale or 1)).astype(np.float32) for spec in graph.inputs}
+
+
+@pytest.mark.parametrize("file", MODELS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("profile", TOOLS)
+def test_equals_the_reference_or_refuses(profile: str, file: Path, tmp_path: Path, require: Callable[[str], str]) -> None:
+    for tool in TOOLS[profile]:
+        require(tool)
+    graph = QuantGraph.load(file)
+    expected = REFUSED[profile].get(file.stem)
+    try:
+        bundle = pipeline.compile(graph, targets=[profile], data=_samples(graph), output=tmp_path / "bundle")
+    except ProblemsError as error:
+        assert expected in {problem.rule for problem in error.problems}, str(error)
+        assert all(problem.fix for problem in error.problems)
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert expected is None, f"{profile} took {file.stem}, which the table says it refuses"
+    entry = bundle.artifact(profile)
+    assert all(step["status"] == ("planned" if step["name"] in {s["name"] for s in entry["planned"]} else "done") for step in entry["steps"]), entry["steps"]
+    comparisons = pipeline.verify(Bundle.open(tmp_path / "bundle"))[profile]
+    if not entry["runs_here"]:
+        assert comparisons == []
+        return
+    assert comparisons
+    for comparison in comparisons:
+        assert comparison.passed and comparison.compared >= SAMPLES
+        if graph.recipe.scheme == "power_of_two":
+            allowed = 0 if not entry["why_lsb"] else entry["max_lsb_allowed"]
+            assert comparison.max_lsb <= allowed, f"{comparison}: {entry['why_lsb']}"
+        else:
+            assert comparison.max_lsb <= 1, comparison
+
+
+@pytest.mark.parametrize("profile", TOOLS)
+def test_the_profile_names_its_sources(profile: str) -> None:
+    loaded = load_profile(profile)
+    assert loaded.board and set(loaded.facts) <= set(loaded.sources)
