@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from isthmus.train.zoo import ZooSystem
 
-INPUT, OUTPUT = "image", "logits"
+INPUT, OUTPUT = "input", "output"  # the names export gives
 SPLIT_SEED = 0
 
 
@@ -83,7 +83,7 @@ def _example(system: ZooSystem, preset: str) -> Tensor:
 def _float_onnx(module: nn.Module, example: Tensor) -> onnx.ModelProto:
     from isthmus.export.module import onnx_from_module
 
-    return onnx_from_module(module, (example,), input_names=[INPUT], output_names=[OUTPUT])
+    return onnx_from_module(module, (example,))
 
 
 def _progress(stage: str, say: Say):  # type: ignore[no-untyped-def]  # train.loop.Progress, which core does not import

@@ -29,9 +29,10 @@ class Axis:
         self.start, self.end = start, end
 
     def at(self, value: float) -> float:
+        """The place of a value; one beyond an end is drawn at that end."""
+        value = min(max(value, self.low), self.high)
         low, high, value = (math.log(v) for v in (self.low, self.high, value)) if self.logarithmic else (self.low, self.high, value)
-        share = min(max((value - low) / (high - low), 0.0), 1.0)
-        return self.start + share * (self.end - self.start)
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, wanted: int = 5) -> list[float]:
         if self.logarithmic:
@@ -78,7 +79,7 @@ def timeline(profile: str, measurement: Measurement) -> Html:
     """The samples in the order they were taken: the range of each slice, and its median as a line."""
     samples = measurement.samples_ns
     _, high = _drawn_range(measurement)
-    elapsed = np.cumsum(samples)
+    elapsed = np.cumsum(samples, dtype=np.float64)
     x = Axis(0, float(elapsed[-1]), LEFT, WIDTH - RIGHT)
     y = Axis(0, high * 1.05, HEIGHT - BOTTOM, 14)
     slices = np.array_split(np.arange(samples.size), min(COLUMNS, samples.size))

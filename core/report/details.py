@@ -102,7 +102,7 @@ def provenance(manifest: Manifest, measurements: Mapping[str, Measurement]) -> H
         ("Float islands", ", ".join(map(str, graph.get("float_islands") or [])) or "none"),
     ]
     notes = [element("p", note) for note in manifest.get("notes", ())]
-    parts = [
+    parts: list[Child] = [
         element("h3", "Graph"),
         facts(pairs),
         _border(graph),

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from isthmus.bench import Measurement
+from isthmus.bench import Measurement, ratio_interval
 from isthmus.cost import CONVENTIONS, Cost
 from isthmus.report import charts, figures
 from isthmus.report.markup import Child, Html, element, join
@@ -203,14 +203,24 @@ def latency(manifest: Manifest, measurements: Measurements, unmeasured: Mapping[
         "each is a latency that occurred. A figure holds for the machine and conditions named here and for no other.",
     )
     cards = [_card(profile, m) for profile, m in drawn.items()]
-    comparison = (
-        element("figure", charts.overview(drawn), element("figcaption", "p50 (dot) to p99 (end of the line), logarithmic axis."), class_="overview")
-        if len(drawn) > 1
-        else None
-    )
+    comparison = _comparison(drawn) if len(drawn) > 1 else None
     none = element("p", "Nothing was measured on this machine.") if not drawn else None
     absent = facts([(profile, reason) for profile, reason in missing])
     return section("latency", "Latency", intro, none, comparison, cards, absent if missing else None)
+
+
+def _comparison(drawn: Measurements) -> Html:
+    """All on one axis, and how many times as long as the fastest each takes, with the interval that the noise allows."""
+    usable = {profile: m for profile, m in drawn.items() if m.valid and m.count > 1}
+    sentences = []
+    if len(usable) > 1:
+        fastest = min(usable, key=lambda profile: usable[profile].p50_ns)
+        for profile, m in usable.items():
+            if profile != fastest:
+                ratio, low, high = ratio_interval(m, usable[fastest])
+                sentences.append(f" The median of {profile} is {ratio:.2f} times that of {fastest} (95 % interval {low:.2f} to {high:.2f}).")
+    caption = element("figcaption", "p50 (dot) to p99 (end of the line), logarithmic axis.", sentences)
+    return element("figure", charts.overview(drawn), caption, class_="overview")
 
 
 def _card(profile: str, m: Measurement) -> Html:
@@ -227,6 +237,7 @@ def _card(profile: str, m: Measurement) -> Html:
             ]
         ],
         name=f"latency-{profile}",
+        cards=True,
     )
     warning = element("p", badge("not valid"), " ", "; ".join(m.reasons), class_="warning") if not m.valid else None
     drawings = [

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a bundle says of itself: the table on the terminal, the same figures as JSON, and its `report.html`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from isthmus.bench import Measurement
+from isthmus.bench_bundle import read_measurements, why_not_measured
+from isthmus.bundle import Bundle
+from isthmus.console import grid
+from isthmus.cost import cost_of_graph
+from isthmus.graph import QuantGraph
+from isthmus.plan import tail
+from isthmus.report import layers_of, render
+
+NEEDS_BOARD = "needs the board"
+LOG_LINES = 12
+
+
+def add_report(bundle: Bundle) -> Bundle:
+    """Writes `reports/report.html` anew."""
+    return bundle.add_report("report.html", render_bundle(bundle).encode())
+
+
+def render_bundle(bundle: Bundle) -> str:
+    """The page as text, from what the bundle holds and nothing else."""
+    graph = QuantGraph.load(bundle.model)
+    measurements = read_measurements(bundle)
+    reasons = {name: why_not_measured(entry) or "not measured" for name, entry in bundle.manifest["artifacts"].items() if name not in measurements}
+    return render(bundle.manifest, measurements, cost_of_graph(graph), layers_of(graph), logs=_logs(bundle), unmeasured=reasons)
+
+
+def summary(bundle: Bundle) -> dict[str, Any]:
+    """The table's figures (`--json`): None where only the board can tell."""
+    measurements = read_measurements(bundle)
+    artifacts = {}
+    for name, entry in bundle.manifest["artifacts"].items():
+        measurement = measurements.get(name)
+        artifacts[name] = {
+            "target": entry["target"],
+            "artifact": entry["artifact"],
+            "size_bytes": entry["size_bytes"],
+            "exact_share": _exact_share(entry),
+            "max_lsb": _max_lsb(entry),
+            "accuracy": entry["accuracy"],
+            "verification": entry["verification"],
+            "latency": measurement.figures() | {"valid": measurement.valid, "reasons": list(measurement.reasons)} if measurement else None,
+            "needs_board": bool(why_not_measured(entry)),
+            "steps": entry["steps"],
+            "notes": entry["notes"],
+        }
+    return {
+        "bundle": str(bundle.root),
+        "digest": bundle.manifest["graph"]["digest"],
+        "scheme": bundle.manifest["graph"]["scheme"],
+        "task": bundle.manifest["task"],
+        "notes": bundle.manifest["notes"],
+        "artifacts": artifacts,
+    }
+
+
+def table(bundle: Bundle) -> str:
+    """One line an artifact, the accuracy of the float model and the reference above, what the columns mean below."""
+    measurements = read_measurements(bundle)
+    rows = [_row(name, entry, measurements.get(name)) for name, entry in bundle.manifest["artifacts"].items()]
+    header = ["profile", "artifact", "bytes", "exact", "largest diff", "accuracy", "p50 / p99 on this machine"]
+    lines = [*_accuracy_lines(bundle.manifest), grid(header, rows), ""]
+    for name, entry in bundle.manifest["artifacts"].items():
+        done = [step["detail"] for step in entry["steps"] if step["status"] == "done" and step["tool"] != "g++" and step["detail"]]
+        planned = [step["name"] for step in entry["steps"] if step["status"] == "planned"]
+        skipped = [step["detail"] for step in entry["steps"] if step["status"] == "skipped"]
+        remarks = [*done[-1:], *skipped, *([f"left for {'the board' if entry['target'] != 'hls4ml' else 'the vendor tool'}: {', '.join(planned)}"] if planned else [])]
+        if remarks:
+            lines.append(f"{name}: {'; '.join(remarks)}")
+    lines += [f"note: {note}" for note in bundle.manifest["notes"]]
+    return "\n".join(lines)
+
+
+def _accuracy_lines(manifest: Mapping[str, Any]) -> list[str]:
+    task = manifest["task"]
+    if not task:
+        return []
+    known = [f"{label} {task[key]:.4f}" for key, label in (("float", "float"), ("reference", "int8 reference")) if task[key] is not None]
+    return [f"{task['metric']} on {task['samples']} samples: {', '.join(known)}", ""]
+
+
+def _row(name: str, entry: Mapping[str, Any], measurement: Measurement | None) -> list[str]:
+    exact, lsb = _exact_share(entry), _max_lsb(entry)
+    accuracy = f"{entry['accuracy']:.4f}" if entry["accuracy"] is not None else ("" if entry["runs_here"] else NEEDS_BOARD)
+    return [
+        name,
+        entry["artifact"],
+        f"{entry['size_bytes']:,}",
+        f"{100 * exact:.4g} %" if exact is not None else NEEDS_BOARD,
+        f"{lsb} LSB" if lsb is not None else ("" if entry["runs_here"] else NEEDS_BOARD),
+        accuracy,
+        _latency(entry, measurement),
+    ]
+
+
+def _latency(entry: Mapping[str, Any], measurement: Measurement | None) -> str:
+    if measurement is None:
+        return why_not_measured(entry) or "not measured"
+    if not measurement.valid:
+        return f"not valid: {measurement.reasons[0]}"
+    return f"{measurement.p50_ns / 1000:.1f} / {measurement.p99_ns / 1000:.1f} us"
+
+
+def _exact_share(entry: Mapping[str, Any]) -> float | None:
+    """Share of equal elements over all outputs; None where nothing was compared."""
+    compared = sum(row["compared"] for row in entry["verification"])
+    return 1 - sum(row["mismatched"] for row in entry["verification"]) / compared if compared else None
+
+
+def _max_lsb(entry: Mapping[str, Any]) -> int | None:
+    """Largest difference in steps over the int8 outputs; None where there is none."""
+    return max((row["max_lsb"] for row in entry["verification"] if row["kind"] == "int8"), default=None)
+
+
+def _logs(bundle: Bundle) -> dict[str, dict[str, str]]:
+    logs: dict[str, dict[str, str]] = {}
+    for name, entry in bundle.manifest["artifacts"].items():
+        for step in entry["steps"]:
+            file = f"artifacts/{name}/logs/{step['name']}.log"
+            if file in bundle.manifest["files"]:
+                logs.setdefault(name, {})[step["name"]] = tail(bundle.root / file, LOG_LINES)
+    return logs
