@@ -127,7 +127,7 @@ class Bundle:
 class BundleWriter:
     """Makes a bundle in a hidden folder beside its place and swaps it in at the end: a killed compile leaves the old bundle or the new one.
 
-    Use as a context manager; fill `folder`, then call `commit(manifest)`. Without a commit nothing stays.
+    Use as a context manager: fill `folder`, `seal(manifest)`, add reports to what that gives, `commit` it. Without a commit nothing stays.
     """
 
     def __init__(self, path: str | Path, force: bool = False) -> None:
@@ -153,11 +153,12 @@ class BundleWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, IsthmusError):
-            raise _disk_sentence(self.path, error) from error
+        cause = error.__cause__ if isinstance(error, IsthmusError) else error
+        if isinstance(cause, OSError):
+            raise _disk_sentence(self.path, cause) from error
 
-    def commit(self, manifest: Mapping[str, Any]) -> Bundle:
-        """Hashes every file, writes the manifest and its seal, syncs, swaps. Gives the bundle in its place."""
+    def seal(self, manifest: Mapping[str, Any]) -> Bundle:
+        """Hashes every file, writes the manifest and its seal. Gives the bundle as it stands in its hidden folder."""
         files = {}
         for file in sorted(self.folder.rglob("*")):
             if file.is_symlink():
@@ -167,9 +168,13 @@ class BundleWriter:
                 _sync(file)
         complete = {"schema": SCHEMA, **manifest, "files": files}
         _write_manifest(self.folder, complete, sealed=True)
+        return Bundle(self.folder, complete)
+
+    def commit(self, sealed: Bundle) -> Bundle:
+        """Swaps the sealed bundle into its place and gives it there."""
         _sync(self.folder)
         _swap(self.folder, self.path)
-        return Bundle(self.path, complete)
+        return Bundle(self.path, sealed.manifest)
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:
@@ -305,7 +310,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 
 def _disk_sentence(path: Path, error: OSError) -> IsthmusError:
-    return IsthmusError(f"{path}: cannot be written: {error.strerror or error}; nothing was left behind; free space or give another place (-o)")
+    return IsthmusError(f"{path}: cannot be written: {error.strerror or error}; nothing half-written is left; free space or give another place (-o)")
 
 
 # ---- the seal

@@ -114,17 +114,12 @@ def compile_command(
     )
 
 
-def _compile(model: Any, output: Path, as_json: bool, *, bench: bool, **arguments: Any) -> None:
+def _compile(model: Any, output: Path, as_json: bool, **arguments: Any) -> None:
     from isthmus import pipeline
-    from isthmus.bench_bundle import bench_bundle
-    from isthmus.report_bundle import add_report, summary, table
+    from isthmus.report_bundle import summary, table
 
     with Console(quiet=as_json) as console:
         bundle = pipeline.compile(model, output=output, say=console.say, **arguments)
-        if bench:
-            console.say("measuring latency", None)
-            bundle, _ = bench_bundle(bundle, [])
-        bundle = add_report(bundle)
     if as_json:
         _print_json(summary(bundle))
         return

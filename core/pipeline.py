@@ -14,6 +14,7 @@ import onnx
 
 import isthmus
 from isthmus import reference
+from isthmus.bench_bundle import bench_bundle, why_not_measured
 from isthmus.bundle import Bundle, BundleWriter
 from isthmus.compare import Comparison, compare_outputs, top1_accuracy
 from isthmus.dataset import Dataset, Preprocess, from_arrays, load_data
@@ -23,6 +24,7 @@ from isthmus.plan import BuildPlan, StepResult, execute
 from isthmus.profile import Profile, load_profile
 from isthmus.recipe import Recipe, load_recipe
 from isthmus.registry import load_target
+from isthmus.report_bundle import add_report
 from isthmus.session import Session
 from isthmus.source import Say, Source, load_source
 from isthmus.target import Target
@@ -53,13 +55,15 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     preprocess: Preprocess | str | None = None,
     options: Mapping[str, Any] | None = None,
+    bench: bool = False,
     force: bool = False,
     say: Say | None = None,
 ) -> Bundle:
     """Brings `model` into the int8 form, makes an artifact for each profile in `targets`, checks each against the integer reference, writes a bundle.
 
     `data` is a path (.npz, .npy, folder of images), an array, or arrays by input name, (N, ...) in NCHW: needed where the model is not int8
-    yet. `options` are target options, "name" for all targets that have it. Nothing is written unless everything held.
+    yet. `options` are target options, "name" for all targets that have it. `bench` measures what runs here. Nothing is
+    written unless everything held.
 
     Raises `IsthmusError` (bad input), `ProblemsError` (every reason why a graph or target cannot do it), `VerificationError` (an artifact
     computes something else than the reference).
@@ -107,7 +111,11 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
             "task": _task(source.float_model, graph, evaluation, golden),
             "artifacts": entries,
         }
-        return writer.commit(manifest)
+        bundle = writer.seal(manifest)
+        if bench and not all(why_not_measured(entry) for entry in entries.values()):
+            tell("measuring latency", None)
+            bundle, _ = bench_bundle(bundle, [])
+        return writer.commit(add_report(bundle))
 
 
 def verify(bundle: Bundle, profiles: Sequence[str] = (), trust: bool = False) -> dict[str, list[Comparison]]:

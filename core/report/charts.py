@@ -54,7 +54,7 @@ def histogram(profile: str, measurement: Measurement) -> Html:
     x = Axis(low, high, LEFT, WIDTH - RIGHT, logarithmic)
     edges = np.geomspace(low, x.high, BINS + 1) if logarithmic else np.linspace(low, x.high, BINS + 1)
     counts, _ = np.histogram(samples, edges)
-    y = Axis(0, float(counts.max(initial=1)), HEIGHT - BOTTOM, TOP)
+    y = Axis(0, counts.max(initial=1) * 1.1, HEIGHT - BOTTOM, TOP)
     bars = [
         element(
             "rect",

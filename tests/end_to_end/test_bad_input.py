@@ -210,7 +210,7 @@ def test_full_disk(place: Path) -> None:
         cli.main()
     """
     done = subprocess.run([sys.executable, "-B", "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
-    _refused(Said(done.returncode, done.stdout, done.stderr), r"out: cannot be written: File too large; nothing was left behind", place, GOOD)
+    _refused(Said(done.returncode, done.stdout, done.stderr), r"out: cannot be written: File too large; nothing half-written is left", place, GOOD)
 
 
 def test_bundle_and_run_mistakes(isthmus: Isthmus, place: Path) -> None:

@@ -35,7 +35,7 @@ def _write(place: Path, content: bytes = b"engine", force: bool = False) -> Bund
         np.savez(writer.folder / "golden.npz", label=np.zeros(3, np.int64))
         (writer.folder / "artifacts" / "b").mkdir()
         (writer.folder / "artifacts" / "b" / "model.bin").write_bytes(content)
-        return writer.commit({"isthmus": "0", "graph": {}, "artifacts": {"b": ENTRY}})
+        return writer.commit(writer.seal({"isthmus": "0", "graph": {}, "artifacts": {"b": ENTRY}}))
 
 
 def _edit(place: Path, **changes: Any) -> None:
@@ -112,7 +112,7 @@ def test_killed_at_any_moment_there_is_a_whole_bundle(tmp_path: Path) -> None:
                 (writer.folder / "model.onnx").write_bytes(b"form")
                 (writer.folder / "artifacts" / "b").mkdir()
                 (writer.folder / "artifacts" / "b" / "model.bin").write_bytes(b"x" * 1000)
-                writer.commit({"graph": {}, "artifacts": {"b": entry}})
+                writer.commit(writer.seal({"graph": {}, "artifacts": {"b": entry}}))
     """
     _write(tmp_path / "out")
     for attempt in range(6):
@@ -190,7 +190,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
             print(error)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "out")], capture_output=True, text=True, check=True)
-    assert "out: cannot be written: File too large; nothing was left behind" in done.stdout
+    assert "out: cannot be written: File too large; nothing half-written is left" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
