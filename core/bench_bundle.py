@@ -77,7 +77,15 @@ def latency_table(measurements: Mapping[str, Measurement]) -> str:
     """One line a profile, in microseconds, then the conditions once."""
     rows = []
     for profile, m in measurements.items():
-        rows.append([profile, *(f"{value / 1000:.1f}" for value in (m.p50_ns, m.p90_ns, m.p99_ns, m.mean_ns)), str(m.count), str(m.warmup_count), "yes" if m.valid else "; ".join(m.reasons)])
+        rows.append(
+            [
+                profile,
+                *(f"{value / 1000:.1f}" for value in (m.p50_ns, m.p90_ns, m.p99_ns, m.mean_ns)),
+                str(m.count),
+                str(m.warmup_count),
+                "yes" if m.valid else "; ".join(m.reasons),
+            ]
+        )
     conditions = next(iter(measurements.values())).conditions
     shown = {key: conditions.get(key) for key in ("host", "cpu_model", "threads", "harness_overhead_ns") if conditions.get(key) is not None}
     lines = [grid(["profile", "p50 us", "p90 us", "p99 us", "mean us", "samples", "warm-up", "valid"], rows), ""]
@@ -87,4 +95,4 @@ def latency_table(measurements: Mapping[str, Measurement]) -> str:
 def _raw_feeds(session: Session, golden: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The first golden sample in the engine's own layout and dtype."""
     batch = session.inputs[0].form_shape()[0]
-    return {spec.name: spec.from_form(golden[f"input/{spec.name}"][:batch]) for spec in session.inputs}
+    return {spec.name: spec.from_form(spec.from_reference(golden[f"input/{spec.name}"][:batch])) for spec in session.inputs}

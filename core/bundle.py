@@ -99,7 +99,8 @@ class Bundle:
             raise IsthmusError(f"the engine {name!r} cannot be used: {error}; 'isthmus doctor' says what brings it") from error
         if getattr(engine, "RUNS_NATIVE_CODE", False) and not (trust or self.built_here()):
             raise IsthmusError(
-                f"the artifact for {profile} is native code, and this user did not build {self.root}: compile it here, or pass --trust-bundle if you know where it is from"
+                f"the artifact for {profile} is native code, and this user did not build {self.root}:"
+                " compile it here, or pass --trust-bundle if you know where it is from"
             )
         session: Session = engine.open_session(self.folder(profile), entry, threads)
         return session
@@ -191,7 +192,9 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         raise IsthmusError(f"{file}: not JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else None
-        raise IsthmusError(f"{file}: schema {found!r}; this version reads schema {SCHEMA}: use the isthmus that wrote it ({_writer(manifest)}), or compile again")
+        raise IsthmusError(
+            f"{file}: schema {found!r}; this version reads schema {SCHEMA}: use the isthmus that wrote it ({_writer(manifest)}), or compile again"
+        )
     for key in ("files", "artifacts", "graph"):
         if not isinstance(manifest.get(key), dict):
             raise IsthmusError(f"{file}: field {key!r} is missing or no table; compile again")

@@ -48,7 +48,7 @@ def main() -> None:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         _fail(f"{place}{error.strerror or error}", debug, 2)
-    except Exception as error:  # a bug: say so in one line, and how to see where
+    except Exception as error:  # noqa: BLE001  # a bug: say so in one line, and how to see where
         _fail(f"internal error, please report it: {type(error).__name__}: {error} (--debug shows where)", debug, 1)
 
 
@@ -73,7 +73,11 @@ def _top(version: Annotated[bool, typer.Option("--version", callback=_version, i
 # ---- compile
 @app.command()
 def demo(
-    targets: Targets = None, output: Output = Path("isthmus-demo"), force: Force = False, seed: Annotated[int, typer.Option(help="Seed of training.")] = 0, as_json: Json = False
+    targets: Targets = None,
+    output: Output = Path("isthmus-demo"),
+    force: Force = False,
+    seed: Annotated[int, typer.Option(help="Seed of training.")] = 0,
+    as_json: Json = False,
 ) -> None:
     """The whole way on handwritten digits that ship with scikit-learn: train, quantise, compile, verify, benchmark, report."""
     from dataclasses import replace
@@ -145,7 +149,16 @@ def verify(bundle: BundlePath, targets: Targets = None, trust: Trust = False, as
             if not comparisons:
                 rows.append([name, "", "", "", "", "needs the board"])
             for c in comparisons:
-                rows.append([name, c.tensor, f"{c.compared}", f"{100 * c.exact_share:.4g} %", f"{c.max_lsb} LSB" if c.kind == "int8" else f"{c.max_abs:.2g}", "passed" if c.passed else "FAILED"])
+                rows.append(
+                    [
+                        name,
+                        c.tensor,
+                        f"{c.compared}",
+                        f"{100 * c.exact_share:.4g} %",
+                        f"{c.max_lsb} LSB" if c.kind == "int8" else f"{c.max_abs:.2g}",
+                        "passed" if c.passed else "FAILED",
+                    ]
+                )
         print(grid(["profile", "output", "compared", "equal", "largest difference", "result"], rows))
     if failed:
         raise typer.Exit(1)
@@ -170,7 +183,18 @@ def bench(
         opened, measurements = bench_bundle(Bundle.open(bundle), targets or [], threads=threads, min_duration_s=min_duration, min_count=min_count, trust=trust)
         add_report(opened)
     if as_json:
-        _print_json({name: measurement.figures() | {"valid": measurement.valid, "reasons": list(measurement.reasons), "warmup_count": measurement.warmup_count, "conditions": dict(measurement.conditions)} for name, measurement in measurements.items()})
+        _print_json(
+            {
+                name: measurement.figures()
+                | {
+                    "valid": measurement.valid,
+                    "reasons": list(measurement.reasons),
+                    "warmup_count": measurement.warmup_count,
+                    "conditions": dict(measurement.conditions),
+                }
+                for name, measurement in measurements.items()
+            }
+        )
     else:
         print(latency_table(measurements))
 
@@ -195,7 +219,11 @@ def run(
 
 
 @app.command()
-def report(bundle: BundlePath, output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the page here instead of into the bundle.")] = None, as_json: Json = False) -> None:
+def report(
+    bundle: BundlePath,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the page here instead of into the bundle.")] = None,
+    as_json: Json = False,
+) -> None:
     """Write the bundle's report.html anew from what the bundle holds."""
     from isthmus.report_bundle import add_report, render_bundle
 
@@ -240,7 +268,12 @@ def targets_command(as_json: Json = False) -> None:
     profiles = [load_profile(name) for name in profile_names()]
     reasons = {name: why_unusable(name) for name in {profile.target for profile in profiles}}
     if as_json:
-        _print_json([{"profile": p.name, "board": p.board, "target": p.target, "arch": p.arch, "facts": dict(p.facts), "unusable": reasons[p.target] or None} for p in profiles])
+        _print_json(
+            [
+                {"profile": p.name, "board": p.board, "target": p.target, "arch": p.arch, "facts": dict(p.facts), "unusable": reasons[p.target] or None}
+                for p in profiles
+            ]
+        )
     else:
         print(grid(["profile", "board", "target", "usable"], [[p.name, p.board, p.target, reasons[p.target] or "yes"] for p in profiles]))
 

@@ -46,7 +46,7 @@ class Console:
         elif stage != self._stage:
             if self._task is not None:
                 self._progress.update(self._task, total=1.0, completed=1.0)
-            self._task = self._progress.add_task(text, total=None if share is None else 1.0, completed=share or 0.0)
+            self._task = self._progress.add_task(text, total=None if share is None else 1.0)
         elif self._task is not None:
             self._progress.update(self._task, description=text, completed=share or 0.0)
         self._stage = stage

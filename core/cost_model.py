@@ -38,7 +38,19 @@ def cost_table(cost: Cost, convention: str, layers: bool) -> str:
     """Totals with the convention named; one line a layer in front where asked for."""
     lines = []
     if layers:
-        rows = [[n.name, n.op, "x".join(map(str, n.output_shape)), f"{n.parameters:,}", f"{n.macs:,}", f"{n.count(convention):,}", f"{100 * n.share:.1f} %", f"{n.weight_bytes:,}"] for n in cost.per_node]
+        rows = [
+            [
+                n.name,
+                n.op,
+                "x".join(map(str, n.output_shape)),
+                f"{n.parameters:,}",
+                f"{n.macs:,}",
+                f"{n.count(convention):,}",
+                f"{100 * n.share:.1f} %",
+                f"{n.weight_bytes:,}",
+            ]
+            for n in cost.per_node
+        ]
         lines += [grid(["layer", "operator", "output", "parameters", "MACs", f"FLOPs ({convention})", "share", "weight bytes"], rows), ""]
     totals = [
         ["parameters", f"{cost.parameters:,}"],

@@ -134,7 +134,9 @@ def from_arrays(
         if not len(array):
             raise IsthmusError(f"{where}: holds no samples; give at least one, better a hundred")
         if array.dtype.kind in "iu" and preprocess is None:
-            raise IsthmusError(f"{where}: {array.dtype} values, but the model takes float32; say what they become with --preprocess (scale=1/255, or raw to keep 0..255)")
+            raise IsthmusError(
+                f"{where}: {array.dtype} values, but the model takes float32; say what they become with --preprocess (scale=1/255, or raw to keep 0..255)"
+            )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             first = int(np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))[0])
             raise IsthmusError(f"{where}: NaN or infinity, first in sample {first}; remove it")

@@ -17,7 +17,7 @@ def run_float(model: onnx.ModelProto, samples: Mapping[str, np.ndarray]) -> dict
 
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises unrelated types from its C++ side
+    except Exception as error:  # noqa: BLE001  # ONNX Runtime raises unrelated types from its C++ side
         raise IsthmusError(f"ONNX Runtime does not load the float model: {str(error).splitlines()[0]}") from None
     names = [value.name for value in session.get_outputs()]
     batch = int(session.get_inputs()[0].shape[0])

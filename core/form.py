@@ -58,7 +58,7 @@ def read_form(model: ir.Model | onnx.ModelProto) -> tuple[QuantGraph | None, lis
         inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
         # Only what the checker has passed goes on: onnx-ir's reader takes broken files for granted.
         inside, given = ir.serde.deserialize_model(inferred), ir.serde.deserialize_model(proto)
-    except Exception as error:  # the checker's C++ exceptions have several unrelated types
+    except Exception as error:  # noqa: BLE001  # the checker's C++ exceptions have several unrelated types
         return None, [Problem("model", "onnx-checker", _first_line(error), "export the model again with a current exporter")]
     try:
         reader = _Reader(inside)
@@ -200,10 +200,11 @@ class _Reader:
         self.tensors[_name(value)] = TensorSpec(_name(value), shape, "float32", FORM_LAYOUTS.get(len(shape), ""))
 
     def _shape(self, value: ir.Value) -> tuple[int, ...]:
-        if value.shape is None or not all(isinstance(extent, int) and extent > 0 for extent in value.shape):
+        extents = [extent for extent in value.shape or () if isinstance(extent, int) and extent > 0]
+        if value.shape is None or len(extents) != len(value.shape):
             self._say(_name(value), "static-shape", f"shape {value.shape}", "fix every dimension (--shape NAME=1,3,224,224)")
             return ()
-        return tuple(int(extent) for extent in value.shape)  # type: ignore[arg-type]  # every extent is an int, just checked
+        return tuple(extents)
 
     def _dequantise(self, node: ir.Node) -> None:
         source, out = node.inputs[0], node.outputs[0]
@@ -221,7 +222,12 @@ class _Reader:
             self._say(_label(node), "dequantiser", f"reads {_name(source)}, which no QuantizeLinear wrote", "quantise it first")
             return
         if (spec.scale, spec.zero_point) != found:
-            self._say(_label(node), "dequantiser", f"scale, zero point {found}, but the tensor has {(spec.scale, spec.zero_point)}", "use the same; to change scale, dequantise and quantise")
+            self._say(
+                _label(node),
+                "dequantiser",
+                f"scale, zero point {found}, but the tensor has {(spec.scale, spec.zero_point)}",
+                "use the same; to change scale, dequantise and quantise",
+            )
             return
         self.dequantised[_name(out)] = _name(source)
         if _name(out) in self.outputs or any(self._is_float_consumer(use) for use in out.consumers()):
@@ -309,8 +315,15 @@ class _Reader:
                 return
             weight, scale, bias = read
             depth = self.tensors[inputs[0]].shape[1] if node.op_type == "Conv" else 0
-            if node.op_type == "Conv" and (list(weight.shape[2:]) != attributes["kernel_shape"] or weight.shape[1] * attributes["group"] != depth or weight.shape[0] % attributes["group"]):
-                self._say(label, "weight", f"a weight of shape {list(weight.shape)} for {depth} channels in {attributes['group']} groups", "give [out, in/group, *kernel]")
+            if node.op_type == "Conv" and (
+                list(weight.shape[2:]) != attributes["kernel_shape"] or weight.shape[1] * attributes["group"] != depth or weight.shape[0] % attributes["group"]
+            ):
+                self._say(
+                    label,
+                    "weight",
+                    f"a weight of shape {list(weight.shape)} for {depth} channels in {attributes['group']} groups",
+                    "give [out, in/group, *kernel]",
+                )
                 return
         elif len(inputs) != sum(value is not None for value in node.inputs) and node.op_type not in ("Reshape", "Clip"):
             self._say(label, "operand", f"{node.op_type} has a constant operand", "fold it into the layer before, or list the node as a float island")
@@ -318,7 +331,12 @@ class _Reader:
         if op.passes_scale:
             for name in inputs:
                 if (self.tensors[name].scale, self.tensors[name].zero_point) != (spec.scale, spec.zero_point):
-                    self._say(label, "passes-scale", f"{node.op_type} turns scale {self.tensors[name].scale!r} into {spec.scale!r}", "keep the scale, or put a quantiser of its own in front")
+                    self._say(
+                        label,
+                        "passes-scale",
+                        f"{node.op_type} turns scale {self.tensors[name].scale!r} into {spec.scale!r}",
+                        "keep the scale, or put a quantiser of its own in front",
+                    )
                     return
         name = activation.op_type if activation is not None else ""
         clamp = _clamp(bounds, spec)
@@ -328,7 +346,12 @@ class _Reader:
         label = _label(node)
         if label not in self.islands:
             reason = "is no int8 operator" if node.op_type not in OPS else "has no QuantizeLinear of its own behind it"
-            self._say(label, "float-island", f"{node.op_type} {reason} and is not in the list of float islands", "quantise its output, or list it (isthmus.float_islands)")
+            self._say(
+                label,
+                "float-island",
+                f"{node.op_type} {reason} and is not in the list of float islands",
+                "quantise its output, or list it (isthmus.float_islands)",
+            )
             return
         self.seen_islands.add(label)
         constants: dict[int, np.ndarray] = {}
@@ -360,7 +383,12 @@ class _Reader:
         weight = held.values
         channels = weight.shape[axis] if weight.ndim > axis else 0
         if held.scale.size not in (1, channels) or (held.scale.size > 1 and held.axis != axis) or (node.op_type == "MatMul" and weight.ndim != 2):
-            self._say(label, "weight", f"{held.scale.size} scales along axis {held.axis} for a weight of shape {list(weight.shape)}", f"give one, or one an output channel (axis {axis})")
+            self._say(
+                label,
+                "weight",
+                f"{held.scale.size} scales along axis {held.axis} for a weight of shape {list(weight.shape)}",
+                f"give one, or one an output channel (axis {axis})",
+            )
             return None
         if self.recipe.scheme == "power_of_two" and not all(_power_of_two(float(step)) for step in held.scale.reshape(-1)):
             self._say(label, "scheme", "a weight scale that is not a power of two", "round it to 2^-n, or use another scheme")
@@ -379,7 +407,7 @@ class _Reader:
         return weight, scale, bias
 
     def _bias(self, node: ir.Node, label: str, channels: int, input_scale: float, weight_scale: np.ndarray) -> np.ndarray | None:
-        held = self.constants.get(_name(node.inputs[2]))  # type: ignore[arg-type]  # not None: the caller asked
+        held = self.constants.get(_name(node.inputs[2]))
         if held is None or held.values.dtype != np.int32 or held.values.size != channels or not held.zero:
             self._say(label, "bias", f"the bias is not {channels} int32 constants behind a DequantizeLinear", "store it as int32 with scale input x weight")
             return None
@@ -470,7 +498,8 @@ def _dequantised(held: _Constant) -> np.ndarray:
     shape = [1] * held.values.ndim
     if held.scale.size > 1:
         shape[held.axis] = held.scale.size
-    return held.values.astype(np.float32) * held.scale.reshape(shape)
+    real: np.ndarray = held.values.astype(np.float32) * held.scale.reshape(shape)
+    return real
 
 
 def _short(array: np.ndarray | None) -> str:

@@ -95,7 +95,15 @@ class FormWriter:
         return self._weighted("Gemm", x, weight, 0, weight_scale, bias, scale, zero_point, activation, name, {"transB": 1})
 
     def matmul(
-        self, x: str, weight: np.ndarray, weight_scale: np.ndarray | float, *, scale: float, zero_point: int = 0, activation: Activation = "", name: str | None = None
+        self,
+        x: str,
+        weight: np.ndarray,
+        weight_scale: np.ndarray | float,
+        *,
+        scale: float,
+        zero_point: int = 0,
+        activation: Activation = "",
+        name: str | None = None,
     ) -> str:
         """weight int8 [in, out], no bias."""
         return self._weighted("MatMul", x, weight, 1, weight_scale, None, scale, zero_point, activation, name, {})
@@ -142,7 +150,7 @@ class FormWriter:
     # ---- quantisers
     def quantise(self, value: str, *, scale: float, zero_point: int = 0, name: str | None = None) -> str:
         """QuantizeLinear of a float value."""
-        pair = (self.constant(self._fresh("scale"), np.float32(scale).reshape(())), self.constant(self._fresh("zero"), np.array(zero_point, np.int8)))
+        pair = (self.constant(self._fresh("scale"), np.array(scale, np.float32)), self.constant(self._fresh("zero"), np.array(zero_point, np.int8)))
         tensor = self._fresh(name or f"{value}_q")
         self._node("QuantizeLinear", [value, *pair], [tensor], f"{tensor}_quantise")
         self._quantisers[tensor] = pair
@@ -184,14 +192,16 @@ class FormWriter:
         return self._group(op, inputs, scale, zero_point, activation, name, attributes)
 
     def _constant_real(self, name: str, values: np.ndarray, scale: np.ndarray, axis: int) -> str:
-        parts = [self.constant(f"{name}_int", values), self.constant(f"{name}_scale", scale), self.constant(f"{name}_zero", np.zeros(scale.shape, values.dtype))]
+        parts = [
+            self.constant(f"{name}_int", values),
+            self.constant(f"{name}_scale", scale),
+            self.constant(f"{name}_zero", np.zeros(scale.shape, values.dtype)),
+        ]
         attributes = {"axis": axis} if scale.ndim else {}
         self._node("DequantizeLinear", parts, [name], f"{name}_dequantise", **attributes)
         return name
 
-    def _group(
-        self, op: str, inputs: Sequence[str], scale: float, zero_point: int, activation: Activation, name: str, attributes: dict[str, Any]
-    ) -> str:
+    def _group(self, op: str, inputs: Sequence[str], scale: float, zero_point: int, activation: Activation, name: str, attributes: dict[str, Any]) -> str:
         """One int8 group; `name` is already reserved."""
         value = f"{name}_out"
         self._node(op, list(inputs), [value], name, **attributes)
@@ -204,7 +214,9 @@ class FormWriter:
 
     def _same_scale(self, op: str, tensors: Sequence[str], extra: Sequence[str], name: str | None, attributes: dict[str, Any]) -> str:
         scale, zero = (numpy_helper.to_array(self._initialisers[part]) for part in self._quantisers[tensors[0]])
-        return self._group(op, [*(self.dequantise(tensor) for tensor in tensors), *extra], float(scale), int(zero), "", self._fresh(name or op.lower()), attributes)
+        return self._group(
+            op, [*(self.dequantise(tensor) for tensor in tensors), *extra], float(scale), int(zero), "", self._fresh(name or op.lower()), attributes
+        )
 
     def _clip_bounds(self, low: float | None, high: float | None) -> list[str]:
         return ["" if bound is None else self.constant(self._fresh("bound"), np.array(bound, np.float32)) for bound in (low, high)]

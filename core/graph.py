@@ -104,7 +104,7 @@ class QuantGraph:
 
     def to_bytes(self) -> bytes:
         """The ONNX file, byte for byte the same for the same graph."""
-        return ir.serde.serialize_model(self.model).SerializeToString(deterministic=True)
+        return bytes(ir.serde.serialize_model(self.model).SerializeToString(deterministic=True))
 
     @cached_property
     def digest(self) -> str:
@@ -160,11 +160,13 @@ def load_onnx(path: str | Path) -> onnx.ModelProto:
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)
-    except Exception as error:  # protobuf's DecodeError has no stable import path across its two back ends
+    except Exception as error:  # noqa: BLE001  # protobuf's DecodeError has no stable import path across its two back ends
         raise IsthmusError(f"{file}: not an ONNX file, or cut short ({type(error).__name__} after {len(data)} bytes); export it again") from None
     if not model.graph.node or not model.opset_import:
         raise IsthmusError(f"{file}: not an ONNX model: no nodes or no opset; export it again")
     external = [tensor.name for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
     if external:
-        raise IsthmusError(f"{file}: initialiser {external[0]!r} is stored outside the file; save the model in one file (onnx.save with save_as_external_data=False)")
+        raise IsthmusError(
+            f"{file}: initialiser {external[0]!r} is stored outside the file; save the model in one file (onnx.save with save_as_external_data=False)"
+        )
     return model

@@ -20,7 +20,8 @@ INT8_MIN, INT8_MAX = -128, 127
 def requantise(accumulator: np.ndarray, multiplier: np.ndarray | float, zero_point: int, clamp: tuple[int, int]) -> np.ndarray:
     """int8 = clamp(round_half_even(accumulator * multiplier) + zero_point), in float64: exact where the multiplier is a power of two."""
     steps = np.rint(np.asarray(accumulator, np.float64) * multiplier) + zero_point
-    return np.clip(steps, clamp[0], clamp[1]).astype(np.int8)
+    rounded: np.ndarray = np.clip(steps, clamp[0], clamp[1]).astype(np.int8)
+    return rounded
 
 
 def _exact_dtype(weight: np.ndarray, axis: int, zero_point: int) -> type[np.floating]:
@@ -45,7 +46,15 @@ def _window(x: np.ndarray, offset: Sequence[int], out: Sequence[int], strides: S
 
 
 def conv_accumulate(
-    x: np.ndarray, zero_point: int, weight: np.ndarray, bias: np.ndarray | None, *, strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int], group: int
+    x: np.ndarray,
+    zero_point: int,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    *,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    group: int,
 ) -> np.ndarray:
     """x int8 (N, C, *space), weight int8 (M, C/group, *kernel), bias int32 (M) -> accumulators (N, M, *out), exact, as float64 integers.
 
@@ -77,7 +86,7 @@ def _columns(padded: np.ndarray, kernel: Sequence[int], out: Sequence[int], stri
 def matmul_accumulate(x: np.ndarray, zero_point: int, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
     """x int8 (..., K), weight int8 (K, M), bias int32 (M) -> accumulators (..., M), exact, as float64 integers."""
     dtype = _exact_dtype(weight, 1, zero_point)
-    total = np.matmul(x.astype(dtype) - dtype(zero_point), weight.astype(dtype)).astype(np.float64)
+    total: np.ndarray = np.matmul(x.astype(dtype) - dtype(zero_point), weight.astype(dtype)).astype(np.float64)
     return total if bias is None else total + bias
 
 
@@ -92,7 +101,14 @@ def max_pool(x: np.ndarray, out: Sequence[int], kernel: Sequence[int], strides: 
 
 
 def average_pool(
-    x: np.ndarray, zero_point: int, out: Sequence[int], kernel: Sequence[int], strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int], count_include_pad: bool
+    x: np.ndarray,
+    zero_point: int,
+    out: Sequence[int],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    count_include_pad: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """x int8 (N, C, *space) -> (sums of q - zero_point (N, C, *out), cells counted (1, 1, *out)).
 
@@ -113,7 +129,9 @@ def average_pool(
     return total, count
 
 
-def _pads_to_fill(space: Sequence[int], out: Sequence[int], kernel: Sequence[int], strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int]) -> list[int]:
+def _pads_to_fill(
+    space: Sequence[int], out: Sequence[int], kernel: Sequence[int], strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int]
+) -> list[int]:
     """`pads` with the ends grown so that the last window lies inside (ceil_mode lets it hang over)."""
     rank = len(kernel)
     needed = [(n - 1) * s + (k - 1) * d + 1 for n, k, s, d in zip(out, kernel, strides, dilations, strict=True)]

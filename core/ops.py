@@ -50,7 +50,7 @@ def _weighted_macs(node: QuantNode, tensors: Tensors) -> int:
     """Outputs x weights that feed one output (Conv: in/groups x kernel; Gemm, MatMul: in)."""
     assert node.weight is not None
     filters = node.weight.shape[1 if node.op == "MatMul" else 0]
-    return tensors[node.output].size * (node.weight.size // filters)
+    return tensors[node.output].size * int(node.weight.size // filters)
 
 
 def _scale(tensors: Tensors, name: str) -> float:
@@ -103,13 +103,18 @@ def _average_pool(node: QuantNode, inputs: Sequence[np.ndarray], tensors: Tensor
         total, count = kernels.average_pool(x, _zero(tensors, node.inputs[0]), [1] * rank, space, [1] * rank, [0] * (2 * rank), [1] * rank, False)
     else:
         total, count = kernels.average_pool(
-            x, _zero(tensors, node.inputs[0]), tensors[node.output].shape[2:], a["kernel_shape"], a["strides"], a["pads"], a["dilations"], bool(a["count_include_pad"])
+            x,
+            _zero(tensors, node.inputs[0]),
+            tensors[node.output].shape[2:],
+            a["kernel_shape"],
+            a["strides"],
+            a["pads"],
+            a["dilations"],
+            bool(a["count_include_pad"]),
         )
     # The division comes last: sum * (sx / sy) is exact for powers of two, so a tie stays a tie.
     ratio = _scale(tensors, node.inputs[0]) / _scale(tensors, node.output)
     return kernels.requantise(total * ratio / count, 1.0, _zero(tensors, node.output), node.clamp)
-
-
 
 
 def _reshape(node: QuantNode, inputs: Sequence[np.ndarray], tensors: Tensors) -> np.ndarray:
@@ -121,7 +126,8 @@ def _concat(node: QuantNode, inputs: Sequence[np.ndarray], tensors: Tensors) -> 
 
 
 def _clip(node: QuantNode, inputs: Sequence[np.ndarray], tensors: Tensors) -> np.ndarray:
-    return np.clip(inputs[0], node.clamp[0], node.clamp[1]).astype(np.int8)
+    clipped: np.ndarray = np.clip(inputs[0], node.clamp[0], node.clamp[1]).astype(np.int8)
+    return clipped
 
 
 def _requantise(node: QuantNode, inputs: Sequence[np.ndarray], tensors: Tensors) -> np.ndarray:

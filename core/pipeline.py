@@ -217,9 +217,7 @@ def _input_shapes(source: Source) -> dict[str, tuple[int, ...]]:
     model = source.float_model or source.quantised
     assert model is not None
     constants = {tensor.name for tensor in model.graph.initializer}
-    return {
-        value.name: tuple(extent.dim_value for extent in value.type.tensor_type.shape.dim) for value in model.graph.input if value.name not in constants
-    }
+    return {value.name: tuple(extent.dim_value for extent in value.type.tensor_type.shape.dim) for value in model.graph.input if value.name not in constants}
 
 
 def _quantised(source: Source, calibration: Dataset | None, recipe: Recipe, say: Say) -> tuple[QuantGraph, list[str]]:
@@ -292,7 +290,8 @@ def _verify_entry(folder: Path, name: str, entry: dict[str, Any], graph: QuantGr
         if not comparison.passed:
             raise VerificationError(
                 f"{name}: output {comparison.tensor!r} differs from the integer reference in {comparison.mismatched} of {comparison.compared} elements,"
-                f" at most by {comparison.max_lsb or comparison.max_abs} ({'steps' if comparison.kind == 'int8' else 'absolute'}); allowed: {entry['max_lsb_allowed']}"
+                f" at most by {comparison.max_lsb or comparison.max_abs} ({'steps' if comparison.kind == 'int8' else 'absolute'});"
+                f" allowed: {entry['max_lsb_allowed']}"
             )
     entry["accuracy"] = _accuracy(next(iter(actual.values())), golden["label"])
 

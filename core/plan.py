@@ -134,7 +134,9 @@ def _run(step: Step, folder: Path) -> StepResult:
 def _process(argv: Sequence[str], folder: Path, log: Path, step: Step) -> int:
     with log.open("wb") as stream:
         try:
-            return subprocess.run(argv, cwd=folder, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, timeout=step.timeout_s, check=False).returncode
+            return subprocess.run(
+                argv, cwd=folder, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, timeout=step.timeout_s, check=False
+            ).returncode
         except subprocess.TimeoutExpired:
             raise IsthmusError(f"step {step.name} did not end within {step.timeout_s} s; its log is {log}") from None
         except OSError as error:

@@ -80,8 +80,10 @@ def _float_island(node: QuantNode, graph: QuantGraph, inputs: list[np.ndarray]) 
         )
     )
     own = graph.tensors[node.inputs[0]].shape[0] if graph.tensors[node.inputs[0]].shape else len(inputs[0])
-    parts = [evaluator.run(None, {f"x{i}": array[start : start + own] for i, array in enumerate(inputs)}) for start in range(0, len(inputs[0]), own)]
-    return {name: np.concatenate([np.asarray(part[index]) for part in parts]) for index, name in enumerate(node.outputs)}
+    parts: list[list[np.ndarray]] = []
+    for start in range(0, len(inputs[0]), own):
+        parts.append([np.asarray(value) for value in evaluator.run(None, {f"x{i}": array[start : start + own] for i, array in enumerate(inputs)})])
+    return {name: np.concatenate([part[index] for part in parts]) for index, name in enumerate(node.outputs)}
 
 
 def _batch(graph: QuantGraph, feeds: Mapping[str, np.ndarray]) -> int:

@@ -71,7 +71,11 @@ def table(bundle: Bundle) -> str:
         done = [step["detail"] for step in entry["steps"] if step["status"] == "done" and step["tool"] != "g++" and step["detail"]]
         planned = [step["name"] for step in entry["steps"] if step["status"] == "planned"]
         skipped = [step["detail"] for step in entry["steps"] if step["status"] == "skipped"]
-        remarks = [*done[-1:], *skipped, *([f"left for {'the board' if entry['target'] != 'hls4ml' else 'the vendor tool'}: {', '.join(planned)}"] if planned else [])]
+        remarks = [
+            *done[-1:],
+            *skipped,
+            *([f"left for {'the board' if entry['target'] != 'hls4ml' else 'the vendor tool'}: {', '.join(planned)}"] if planned else []),
+        ]
         if remarks:
             lines.append(f"{name}: {'; '.join(remarks)}")
     lines += [f"note: {note}" for note in bundle.manifest["notes"]]

@@ -67,6 +67,9 @@ def _one(file: Path, spec: TensorSpec, preprocess: Preprocess | None) -> np.ndar
         if not file.is_file():
             raise IsthmusError(f"{file}: no such file")
         if preprocess is None:
-            raise IsthmusError(f"{file}: this bundle was compiled without --preprocess, so how pixels become input is not known; give a .npy of float32, or compile with --preprocess")
+            raise IsthmusError(
+                f"{file}: this bundle was compiled without --preprocess, so how pixels become input is not known;"
+                " give a .npy of float32, or compile with --preprocess"
+            )
         return load_image(file, shape, preprocess)
     return load_data(file, {spec.name: shape}, preprocess).samples[spec.name]

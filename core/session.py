@@ -60,12 +60,13 @@ class Session:
         raw: dict[str, np.ndarray] = {}
         for spec in self.inputs:
             array = feeds.get(spec.name)
+            array = array if array is None else spec.from_reference(array)
             if array is None or tuple(array.shape) != spec.form_shape() or str(array.dtype) != spec.dtype:
                 found = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
                 raise IsthmusError(f"input {spec.name!r}: expected {spec.dtype}{list(spec.form_shape())}, found {found}")
             raw[spec.name] = spec.from_form(array)
         results = self.run_raw(raw)
-        return {spec.name: spec.to_form(np.array(results[spec.name])) for spec in self.outputs}
+        return {spec.name: spec.to_reference(spec.to_form(np.array(results[spec.name]))) for spec in self.outputs}
 
     def close(self) -> None:
         if not self._closed:

@@ -84,7 +84,9 @@ def _from_module(module: torch.nn.Module, example_inputs: Any, name: str, shapes
     from isthmus.export.module import onnx_from_module
 
     if example_inputs is None:
-        raise IsthmusError(f"{name}: a module needs example inputs (isthmus.compile(module, example_inputs=...)), or a factory that returns (module, example_inputs)")
+        raise IsthmusError(
+            f"{name}: a module needs example inputs (isthmus.compile(module, example_inputs=...)), or a factory that returns (module, example_inputs)"
+        )
     say("exporting the module to ONNX", None)
     return _from_onnx(onnx_from_module(module, example_inputs), name, shapes)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ class TensorSpec:
 
     @property
     def is_quantised(self) -> bool:
-        return self.scale is not None
+        """int8. A float32 spec may carry scale and zero point as well: those of a quantiser that stands inside the artifact."""
+        return self.scale is not None and self.dtype != "float32"
 
     @property
     def size(self) -> int:
@@ -42,7 +43,7 @@ class TensorSpec:
 
     def quantise(self, real: np.ndarray) -> np.ndarray:
         """float -> int8: round half to even, saturate (ONNX QuantizeLinear, in float32 as the operator is specified)."""
-        if self.scale is None or self.zero_point is None:
+        if self.scale is None or self.zero_point is None or not self.is_quantised:
             return np.ascontiguousarray(real, dtype=self.dtype)
         info = np.iinfo(self.dtype)
         steps = np.rint(np.asarray(real, np.float32) / np.float32(self.scale)) + np.float32(self.zero_point)
@@ -51,9 +52,18 @@ class TensorSpec:
 
     def dequantise(self, q: np.ndarray) -> np.ndarray:
         """int8 -> float32 (ONNX DequantizeLinear)."""
-        if self.scale is None or self.zero_point is None:
+        if self.scale is None or self.zero_point is None or not self.is_quantised:
             return np.asarray(q)
         return (q.astype(np.int32) - self.zero_point).astype(np.float32) * np.float32(self.scale)
+
+    def from_reference(self, array: np.ndarray) -> np.ndarray:
+        """The reference's values as this border has them: int8 as real numbers where the artifact quantises inside."""
+        inside = self.scale is not None and not self.is_quantised
+        return replace(self, dtype="int8").dequantise(array) if inside and array.dtype == np.int8 else array
+
+    def to_reference(self, array: np.ndarray) -> np.ndarray:
+        """Back: exact, as such an artifact's real numbers are steps times scale."""
+        return array if self.scale is None or self.is_quantised else replace(self, dtype="int8").quantise(array)
 
     def form_permutation(self) -> tuple[int, ...] | None:
         """`x.transpose(p)` brings a tensor of this layout into the form's layout (NCHW); None where nothing moves."""
@@ -102,7 +112,7 @@ def _sound(spec: Any) -> bool:
         and np.dtype(spec.dtype).kind in "fiub"
         and (spec.layout == "" or sorted(spec.layout) == sorted(FORM_LAYOUTS.get(len(spec.shape), "")))
         and (spec.scale is None) == (spec.zero_point is None)
-        and (spec.scale is None or (np.dtype(spec.dtype).kind == "i" and 0 < spec.scale < float("inf")))
+        and (spec.scale is None or ((np.dtype(spec.dtype).kind == "i" or spec.dtype == "float32") and 0 < spec.scale < float("inf")))
         and (spec.zero_point is None or (type(spec.zero_point) is int and -(2**31) <= spec.zero_point < 2**31))
         and (spec.axis is None or type(spec.axis) is int)
     )

@@ -44,7 +44,9 @@ class _ProgramTool:
 _PYTHON = {
     "onnxruntime": _PythonTool("onnxruntime", "onnxruntime", "pip install 'isthmus[runtime-onnx]'", "runs the cpu artifact"),
     "litert": _PythonTool("ai_edge_litert", "ai-edge-litert", "pip install 'isthmus[tflite]'", "runs the .tflite artifact"),
-    "tensorrt_rtx": _PythonTool("tensorrt_rtx", "tensorrt-rtx-cu13", "pip install 'isthmus[tensorrt-check]'", "compiles the Jetson graph ahead of time, as a check"),
+    "tensorrt_rtx": _PythonTool(
+        "tensorrt_rtx", "tensorrt-rtx-cu13", "pip install 'isthmus[tensorrt-check]'", "compiles the Jetson graph ahead of time, as a check"
+    ),
     "hls4ml": _PythonTool("hls4ml", "hls4ml", "pip install 'isthmus[fpga]'", "writes the HLS project"),
     "qonnx": _PythonTool("qonnx", "qonnx", "pip install 'isthmus[fpga]'", "carries the quantisation into hls4ml"),
     "torch": _PythonTool("torch", "torch", "pip install 'isthmus[train]' -c constraints.txt", "trains and exports"),

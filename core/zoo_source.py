@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from isthmus.source import Say, Source
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from isthmus.train.loop import TrainResult
     from isthmus.train.zoo import ZooSystem
 
 INPUT, OUTPUT = "input", "output"  # the names export gives
@@ -35,8 +37,9 @@ def zoo_source(reference: str, recipe: Recipe, say: Say) -> Source:
     module = system.module(preset, recipe.seed)
     trained = fit(module, split, replace(system.train, seed=recipe.seed), _progress("training", say))
     notes = [
-        f"{system.name}@{preset}: {len(split.x_train)} training, {len(split.x_val)} validation and {len(split.x_test)} test samples, split seed {SPLIT_SEED}, training seed {recipe.seed}",
-        f"float training: {len(trained.epochs) - 1} epochs in {trained.seconds:.1f} s, best epoch {trained.best.number} by validation accuracy {trained.best.validation_accuracy:.4f}",
+        f"{system.name}@{preset}: {len(split.x_train)} training, {len(split.x_val)} validation and {len(split.x_test)} test samples,"
+        f" split seed {SPLIT_SEED}, training seed {recipe.seed}",
+        _told("float training", trained),
     ]
     quantised = None
     if recipe.qat_epochs:
@@ -62,16 +65,20 @@ def untrained_onnx(reference: str) -> onnx.ModelProto:
 
 def _qat(system: ZooSystem, preset: str, module: nn.Module, recipe: Recipe, say: Say) -> tuple[onnx.ModelProto, str]:
     from isthmus.quantize import qat
-    from isthmus.train.loop import TrainResult, fit
+    from isthmus.train.loop import fit
 
     split = system.data(SPLIT_SEED)
-    config = replace(system.qat, epochs=recipe.qat_epochs, learning_rate=recipe.qat_learning_rate, seed=recipe.seed)
+    config = replace(system.train, epochs=recipe.qat_epochs, learning_rate=recipe.qat_learning_rate, seed=recipe.seed)
     results: list[TrainResult] = []
     example = _example(system, preset)
-    quantised = qat.quantise(module, example, split.x_train, recipe, lambda inner: results.append(fit(inner, split, config, _progress("quantisation-aware training", say))))
-    best = results[0].best
-    note = f"quantisation-aware training: {recipe.qat_epochs} epochs in {results[0].seconds:.1f} s, best epoch {best.number} by validation accuracy {best.validation_accuracy:.4f}"
-    return qat.to_qcdq(quantised, example, [INPUT], [OUTPUT]), note
+    progress = _progress("quantisation-aware training", say)
+    quantised = qat.quantise(module, example, split.x_train, recipe, lambda inner: results.append(fit(inner, split, config, progress)))
+    return qat.to_qcdq(quantised, example, [INPUT], [OUTPUT]), _told("quantisation-aware training", results[0])
+
+
+def _told(stage: str, result: TrainResult) -> str:
+    best = result.best
+    return f"{stage}: {len(result.epochs) - 1} epochs in {result.seconds:.1f} s, best epoch {best.number} by validation accuracy {best.validation_accuracy:.4f}"
 
 
 def _example(system: ZooSystem, preset: str) -> Tensor:
@@ -86,8 +93,8 @@ def _float_onnx(module: nn.Module, example: Tensor) -> onnx.ModelProto:
     return onnx_from_module(module, (example,))
 
 
-def _progress(stage: str, say: Say):  # type: ignore[no-untyped-def]  # train.loop.Progress, which core does not import
-    def moved(done: int, total: int, text: str) -> None:
-        say(f"{stage}: {text}", done / total)
+def _progress(stage: str, say: Say) -> Callable[[str, float], None]:
+    def moved(text: str, share: float) -> None:
+        say(f"{stage}: {text}", share)
 
     return moved

@@ -56,7 +56,9 @@ def _verify(bundle: Bundle, profile: str, session: Session, golden: dict[str, np
     specs = [TensorSpec.from_json(spec) for spec in bundle.manifest["graph"]["outputs"]]
     batch = session.inputs[0].form_shape()[0]
     total = len(golden[f"input/{session.inputs[0].name}"])
-    parts = [session.run_quantised({spec.name: golden[f"input/{spec.name}"][start : start + batch] for spec in session.inputs}) for start in range(0, total, batch)]
+    parts = [
+        session.run_quantised({spec.name: golden[f"input/{spec.name}"][start : start + batch] for spec in session.inputs}) for start in range(0, total, batch)
+    ]
     actual = {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in specs}
     expected = {spec.name: golden[f"output/{spec.name}"] for spec in specs}
     comparisons = compare_outputs(specs, expected, actual, bundle.artifact(profile)["max_lsb_allowed"])

@@ -26,7 +26,17 @@ REFUSED: dict[str, dict[str, str]] = {
     "null": {},
     "jetson-orin-nano": dict.fromkeys(("conv_asymmetric", "gemm_asymmetric", "add_asymmetric", "average_pool_asymmetric", "network_asymmetric"), "scheme"),
     "pynq-z2": dict.fromkeys(
-        ("conv_asymmetric", "gemm_asymmetric", "add_asymmetric", "average_pool_asymmetric", "network_asymmetric", "conv_symmetric", "gemm_symmetric", "network_symmetric"), "scheme"
+        (
+            "conv_asymmetric",
+            "gemm_asymmetric",
+            "add_asymmetric",
+            "average_pool_asymmetric",
+            "network_asymmetric",
+            "conv_symmetric",
+            "gemm_symmetric",
+            "network_symmetric",
+        ),
+        "scheme",
     ),
 }
 

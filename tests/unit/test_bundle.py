@@ -226,11 +226,19 @@ def test_an_unknown_profile_lists_what_there_is(tmp_path: Path) -> None:
         _write(tmp_path / "out3").open_session("b", threads=0)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @settings(max_examples=150, deadline=None)
-@given(manifest=st.one_of(JSON, st.fixed_dictionaries({"schema": st.just(1)}, optional={"files": JSON, "artifacts": JSON, "graph": JSON})), raw=st.binary(max_size=40), as_bytes=st.booleans())
+@given(
+    manifest=st.one_of(JSON, st.fixed_dictionaries({"schema": st.just(1)}, optional={"files": JSON, "artifacts": JSON, "graph": JSON})),
+    raw=st.binary(max_size=40),
+    as_bytes=st.booleans(),
+)
 def test_any_manifest_opens_or_is_named(tmp_path_factory: pytest.TempPathFactory, manifest: Any, raw: bytes, as_bytes: bool) -> None:
     place = tmp_path_factory.mktemp("bundle")
     (place / MANIFEST).write_bytes(raw if as_bytes else json.dumps(manifest).encode())

@@ -105,7 +105,11 @@ BREAKS: dict[str, tuple[str, Break]] = {
     "weight zero point": ("weight", lambda m: _constant(m, "fc_weight_zero", np.array(1, np.int8))),
     "scales along the wrong axis": (
         "weight",
-        lambda m: _constant(m, "fc_weight_scale", np.full(8, 2.0**-7, np.float32)) or _constant(m, "fc_weight_zero", np.zeros(8, np.int8)) or _attribute(m, "fc_weight_dequantise", axis=1),
+        lambda m: (
+            _constant(m, "fc_weight_scale", np.full(8, 2.0**-7, np.float32))
+            or _constant(m, "fc_weight_zero", np.zeros(8, np.int8))
+            or _attribute(m, "fc_weight_dequantise", axis=1)
+        ),
     ),
     "bias scale": ("bias", lambda m: _constant(m, "conv_bias_scale", np.array(1.0, np.float32))),
     "accumulator": ("accumulator-overflow", _big_weights),
@@ -113,7 +117,10 @@ BREAKS: dict[str, tuple[str, Break]] = {
     "auto_pad": ("attributes", lambda m: _attribute(m, "conv", auto_pad="SAME_UPPER", pads=None)),
     "no kernel_shape": ("attributes", lambda m: _attribute(m, "conv", kernel_shape=None)),
     "Gemm alpha": ("attributes", lambda m: _attribute(m, "fc", alpha=2.0)),
-    "pool changes scale": ("passes-scale", lambda m: _quantiser(m, "pool_q_quantise", 1, np.array(2.0**-2, np.float32)) or _quantiser(m, "pool_q_dequantise", 1, np.array(2.0**-2, np.float32))),
+    "pool changes scale": (
+        "passes-scale",
+        lambda m: _quantiser(m, "pool_q_quantise", 1, np.array(2.0**-2, np.float32)) or _quantiser(m, "pool_q_dequantise", 1, np.array(2.0**-2, np.float32)),
+    ),
     "island not listed": ("float-island", lambda m: _set_meta(m, ISLANDS_KEY, "[]")),
     "island listed twice over": ("float-island", lambda m: _set_meta(m, ISLANDS_KEY, json.dumps(["y_softmax", "nobody"]))),
 }
@@ -144,7 +151,10 @@ def test_every_rule_is_broken_by_a_test() -> None:
 
 def test_integer_border_is_refused() -> None:
     graph = helper.make_graph(
-        [helper.make_node("Identity", ["x"], ["y"], "id")], "g", [helper.make_tensor_value_info("x", onnx.TensorProto.INT64, [1])], [helper.make_tensor_value_info("y", onnx.TensorProto.INT64, [1])]
+        [helper.make_node("Identity", ["x"], ["y"], "id")],
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.INT64, [1])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.INT64, [1])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     helper.set_model_props(model, {RECIPE_KEY: Recipe().to_json(), ISLANDS_KEY: '["id"]'})
@@ -191,7 +201,9 @@ def test_mutated_graphs_are_accepted_or_named(data: st.DataObject) -> None:
         case "drop":
             model.graph.node.remove(node)
         case "op":
-            node.op_type = data.draw(st.sampled_from(["Conv", "Gemm", "Relu", "Clip", "Add", "MaxPool", "AveragePool", "Concat", "Flatten", "Reshape", "Softmax", "Identity"]))
+            node.op_type = data.draw(
+                st.sampled_from(["Conv", "Gemm", "Relu", "Clip", "Add", "MaxPool", "AveragePool", "Concat", "Flatten", "Reshape", "Softmax", "Identity"])
+            )
         case "attribute" if node.attribute:
             attribute = data.draw(st.sampled_from(list(node.attribute)))
             attribute.i = data.draw(st.integers(-3, 3))
@@ -201,7 +213,9 @@ def test_mutated_graphs_are_accepted_or_named(data: st.DataObject) -> None:
             tensor = data.draw(st.sampled_from(list(model.graph.initializer)))
             array = numpy_helper.to_array(tensor).copy()
             if array.size:
-                array.reshape(-1)[0] = data.draw(st.integers(-128, 127)) if array.dtype.kind == "i" else data.draw(st.sampled_from([0.0, -1.0, np.nan, np.inf, 2.0**-3, 0.3]))
+                array.reshape(-1)[0] = (
+                    data.draw(st.integers(-128, 127)) if array.dtype.kind == "i" else data.draw(st.sampled_from([0.0, -1.0, np.nan, np.inf, 2.0**-3, 0.3]))
+                )
                 tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
         case "swap" if len(model.graph.node) > 1:
             first, second = onnx.NodeProto(), onnx.NodeProto()
