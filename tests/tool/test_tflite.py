@@ -289,6 +289,21 @@ def test_ties_go_to_even(name: str, tmp_path: Path) -> None:
         assert _difference(graph, session, [every, *_feeds(graph)]) == 0
 
 
+@pytest.mark.parametrize("kernel", [(3, 3), (3, 5), (4, 7), (2, 4)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_average_of_equal_cells(kernel: tuple[int, int], padded: bool, tmp_path: Path) -> None:
+    """One channel a value, every cell the same: at twice the step each odd value is a tie, whatever a window counts."""
+    writer = FormWriter()
+    pads = (1, 2, 1, 2) if padded and kernel[1] > 2 else (0, 0, 0, 0)
+    writer.output(writer.average_pool(writer.input("x", (1, 256, 9, 10), scale=0.5), kernel, (1, 1), pads, scale=1.0), "y")
+    graph = writer.graph()
+    plan = _plan(graph)
+    assert plan.max_lsb == 0
+    with _open(plan, tmp_path) as session:
+        values = np.arange(-128, 128).astype(np.int8).reshape(1, 256, 1, 1)
+        assert _difference(graph, session, [{"x": np.broadcast_to(values, (1, 256, 9, 10)).copy()}]) == 0
+
+
 @pytest.mark.parametrize(("height", "width"), [(5, 5), (7, 7), (8, 8), (11, 11), (14, 2)])
 def test_every_sum_of_a_global_average(height: int, width: int, tmp_path: Path) -> None:
     """One channel a sum: ties (a power of two twice the step) and their neighbours, over the whole range."""
@@ -410,6 +425,8 @@ def test_a_float_border(tmp_path: Path) -> None:
     expected = reference.run(graph, {"x": graph.inputs[0].quantise(real)})["y"]
     with _open(plan, tmp_path) as session:
         np.testing.assert_array_equal(session.run({"x": real})["y"], graph.outputs[0].dequantise(expected))
+        assert session.run_raw({"x": plan.inputs[0].from_form(real)})["y"].dtype == np.float32
+        assert _difference(graph, session, _feeds(graph)) == 0  # the reference's int8 goes in and comes out as real numbers
 
 
 def test_native_rounding_declares_its_step(tmp_path: Path) -> None:

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of one lowering: which form tensor lies where in the file and in which order of axes, and the parts every operator uses."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from isthmus.graph import QuantGraph, QuantNode
+from isthmus.spec import TensorSpec
+from isthmus.targets.tflite.flatbuffer import ModelWriter, Quantisation
+from isthmus.targets.tflite.rounding import INT8_MAX, INT8_MIN
+
+FULL_RANGE = (INT8_MIN, INT8_MAX)
+FUSED = (("RELU", 0.0, np.inf), ("RELU6", 0.0, 6.0), ("RELU_N1_TO_1", -1.0, 1.0))  # what an operator's option table can name
+ALONE = (*FUSED, ("RELU_0_TO_1", 0.0, 1.0))  # what is an operator of its own
+
+
+class Order(enum.Enum):
+    """How the axes of a form tensor lie in the file.
+
+    FORM: as in the form. LAST: channels last, always with two space axes ([N, C, W] lies as [N, 1, W, C]). FLAT: a flattened
+    [N, C, H, W], its columns in the order of [H, W, C]: only what permutes its weights for that may read it.
+    """
+
+    FORM = "form"
+    LAST = "channels last"
+    FLAT = "flattened channels last"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A form tensor in the file."""
+
+    index: int
+    shape: tuple[int, ...]
+
+
+def shape_in(order: Order, shape: Sequence[int]) -> tuple[int, ...]:
+    """The extents in the file of a tensor that has extents `shape` in the form."""
+    if order is not Order.LAST:
+        return tuple(shape)
+    batch, channels, *space = shape
+    return (batch, *([1] if len(space) == 1 else []), *space, channels)
+
+
+class Lowering:
+    """Filled by `lower.py` operator by operator. `exact`: where TFLite rounds unlike the reference, take a way around.
+
+    `inexact` collects the nodes that stay different from the reference.
+    """
+
+    def __init__(self, graph: QuantGraph, exact: bool) -> None:
+        self.graph = graph
+        self.exact = exact
+        self.writer = ModelWriter()
+        self.inexact: list[QuantNode] = []
+        self.flat_source: dict[str, tuple[int, ...]] = {}  # FLAT tensor -> form shape before it was flattened
+        self._placed: dict[tuple[str, Order], Placed] = {}
+        self._order: dict[str, Order] = {}
+
+    # ---- tensors
+    def spec(self, name: str) -> TensorSpec:
+        return self.graph.tensors[name]
+
+    def quantisation(self, name: str) -> Quantisation | None:
+        spec = self.spec(name)
+        return None if spec.scale is None else Quantisation((spec.scale,), int(spec.zero_point or 0))
+
+    def order(self, name: str) -> Order:
+        """The order in which the tensor was first written."""
+        return self._order[name]
+
+    def is_placed(self, name: str) -> bool:
+        return name in self._order
+
+    def place(self, name: str, order: Order, placed: Placed) -> None:
+        self._placed[name, order] = placed
+        self._order.setdefault(name, order)
+
+    def write(self, name: str, order: Order) -> Placed:
+        """A new tensor for what a node writes."""
+        shape = shape_in(order, self.spec(name).shape)
+        placed = Placed(self.writer.tensor(name, shape, self.spec(name).dtype, self.quantisation(name)), shape)
+        self.place(name, order, placed)
+        return placed
+
+    def scratch(self, label: str, shape: Sequence[int], like: str) -> Placed:
+        """A tensor between two operators of one node, with the dtype and quantisation of form tensor `like`."""
+        return Placed(self.writer.tensor(label, shape, self.spec(like).dtype, self.quantisation(like)), tuple(shape))
+
+    def scratch_float(self, label: str, shape: Sequence[int]) -> Placed:
+        return Placed(self.writer.tensor(label, shape, "float32"), tuple(shape))
+
+    def read(self, name: str, order: Order) -> Placed:
+        """The tensor in that order: as it lies, or behind one RESHAPE or TRANSPOSE, which later readers share."""
+        if (name, order) not in self._placed:
+            self._placed[name, order] = self._converted(name, order)
+        return self._placed[name, order]
+
+    def _converted(self, name: str, order: Order) -> Placed:
+        present = self.order(name)
+        if Order.FLAT in (present, order):
+            raise RuntimeError(f"tensor {name} is wanted {order.value}, but lies {present.value}")  # the look-ahead in `reshaping` rules it out
+        shape = self.spec(name).shape
+        held = self._placed[name, present]
+        wanted = shape_in(order, shape)
+        batch, channels, *space = shape
+        if channels == 1 or int(np.prod(space)) == 1:  # no element moves
+            return self.reshape(held, f"{name}/{order.value}", wanted, like=name)
+        if order is Order.LAST:
+            moved = (batch, *space, channels)
+            turned = self.transpose(held, f"{name}/nhwc", (0, *range(2, len(shape)), 1), moved, like=name)
+            return turned if moved == wanted else self.reshape(turned, f"{name}/{order.value}", wanted, like=name)
+        flat = (batch, *space, channels)
+        held = held if held.shape == flat else self.reshape(held, f"{name}/nwc", flat, like=name)
+        return self.transpose(held, f"{name}/nchw", (0, len(shape) - 1, *range(1, len(shape) - 1)), shape, like=name)
+
+    # ---- small operators
+    def reshape(self, source: Placed, label: str, shape: Sequence[int], like: str) -> Placed:
+        placed = self.scratch(label, shape, like)
+        self.emit_reshape(source, placed)
+        return placed
+
+    def emit_reshape(self, source: Placed, target: Placed) -> None:
+        extents = np.asarray(target.shape, np.int32)
+        self.writer.operator("RESHAPE", 1, [source.index, self.writer.constant("shape", extents)], [target.index], "ReshapeOptions", newShape=extents)
+
+    def transpose(self, source: Placed, label: str, permutation: Sequence[int], shape: Sequence[int], like: str) -> Placed:
+        placed = self.scratch(label, shape, like)
+        axes = self.writer.constant("permutation", np.asarray(permutation, np.int32))
+        self.writer.operator("TRANSPOSE", 2, [source.index, axes], [placed.index], "TransposeOptions")
+        return placed
+
+    def pad(self, source: Placed, label: str, begins: Sequence[int], ends: Sequence[int], like: str, value: int | None = None) -> Placed:
+        """Pads height and width of an int8 tensor that lies channels last: with real zero, or with the int8 `value`."""
+        batch, height, width, channels = source.shape
+        placed = self.scratch(label, (batch, height + begins[0] + ends[0], width + begins[1] + ends[1], channels), like)
+        amounts = self.writer.constant("paddings", np.array([[0, 0], [begins[0], ends[0]], [begins[1], ends[1]], [0, 0]], np.int32))
+        if value is None:
+            self.writer.operator("PAD", 2, [source.index, amounts], [placed.index], "PadOptions")
+        else:
+            fill = self.writer.constant("fill", np.array([value], np.int8), self.quantisation(like))
+            self.writer.operator("PADV2", 2, [source.index, amounts, fill], [placed.index], "PadV2Options")
+        return placed
+
+    def dequantise(self, source: Placed, label: str) -> Placed:
+        placed = self.scratch_float(label, source.shape)
+        self.writer.operator("DEQUANTIZE", 2, [source.index], [placed.index], "DequantizeOptions")
+        return placed
+
+    def quantise(self, source: Placed, target: Placed) -> None:
+        self.writer.operator("QUANTIZE", 1, [source.index], [target.index], "QuantizeOptions")
+
+    # ---- clamps
+    def activation(self, clamp: tuple[int, int], name: str, known: Sequence[tuple[str, float, float]] = FUSED) -> tuple[str, list[tuple[str, int]]]:
+        """TFLite's activation for a clamp in steps of tensor `name`, and what it cannot say: (MAXIMUM | MINIMUM, bound) in order."""
+        zero = int(self.spec(name).zero_point or 0)
+        if clamp == FULL_RANGE:
+            return "NONE", []
+        for activation, low, high in known:
+            if clamp == (self._bound(low, name), self._bound(high, name)):
+                return activation, []
+        relu = clamp[0] == zero > INT8_MIN
+        lower = [] if relu or clamp[0] == INT8_MIN else [("MAXIMUM", clamp[0])]
+        upper = [] if clamp[1] == INT8_MAX else [("MINIMUM", clamp[1])]
+        return "RELU" if relu else "NONE", lower + upper
+
+    def _bound(self, bound: float, name: str) -> int | None:
+        """A real bound in steps, where TFLite (halves away from zero) and XNNPACK (halves to even) agree on it."""
+        spec = self.spec(name)
+        steps = np.float32(bound) / np.float32(spec.scale or 1.0)
+        away = np.copysign(np.floor(np.abs(steps) + np.float32(0.5)), steps)
+        found = {int(np.clip(rounded + int(spec.zero_point or 0), INT8_MIN, INT8_MAX)) for rounded in (np.rint(steps), away)}
+        return found.pop() if len(found) == 1 else None
+
+    def emit_clamped(self, node: QuantNode, target: Placed, emit: Callable[[Placed, int], None]) -> None:
+        """`emit(tensor, fused activation)` writes the operator; MAXIMUM and MINIMUM behind it say what of the clamp the activation cannot."""
+        activation, bounds = self.activation(node.clamp, node.output)
+        first = target if not bounds else self.scratch(f"{node.output}/unclamped", target.shape, node.output)
+        emit(first, self.writer.enum("ActivationFunctionType", activation))
+        self.emit_bounds(first, target, bounds, node.output)
+
+    def emit_bounds(self, source: Placed, target: Placed, bounds: Sequence[tuple[str, int]], name: str) -> None:
+        """A chain of MAXIMUM and MINIMUM in steps of int8 tensor `name`."""
+        for position, (op, bound) in enumerate(bounds):
+            after = target if position == len(bounds) - 1 else self.scratch(f"{name}/bounded", target.shape, name)
+            limit = self.writer.constant("bound", np.array([bound], np.int8), self.quantisation(name))
+            self.writer.operator(op, 2, [source.index, limit], [after.index], "MaximumMinimumOptions")
+            source = after
+
+    def declare(self, node: QuantNode, exact: bool) -> None:
+        """Remembers a node whose result may differ from the reference."""
+        if not exact:
+            self.inexact.append(node)
