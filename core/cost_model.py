@@ -11,7 +11,8 @@ from isthmus.console import grid
 from isthmus.cost import CONVENTIONS, Cost, cost_of_graph, cost_of_onnx
 from isthmus.errors import IsthmusError
 from isthmus.form import RECIPE_KEY
-from isthmus.graph import QuantGraph, load_onnx
+from isthmus.graph import QuantGraph
+from isthmus.onnx_file import load_onnx
 from isthmus.recipe import load_recipe
 from isthmus.source import load_source
 

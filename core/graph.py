@@ -18,14 +18,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from isthmus.errors import IsthmusError, Problem, ProblemsError
+from isthmus.errors import Problem, ProblemsError
+from isthmus.onnx_file import load_onnx
 from isthmus.recipe import Recipe
 from isthmus.spec import TensorSpec
 
 # The form's versions. Opset 20 has every operator of the zoo (GELU, Mish, GridSample); each target's dialect lowers from it.
 OPSET = 20
 IR_VERSION = 9
-MAX_MODEL_BYTES = 2**31 - 1  # protobuf's own limit: a form never has external data
 
 
 @dataclass(frozen=True)
@@ -142,31 +142,3 @@ class QuantGraph:
     @cached_property
     def _producers(self) -> dict[str, QuantNode]:
         return {name: node for node in self.nodes for name in node.outputs}
-
-
-def load_onnx(path: str | Path) -> onnx.ModelProto:
-    """An ONNX file as a proto: one sentence where it cannot be read. External data is refused: a form, and what becomes one, is one file.
-
-    Raises `IsthmusError`: missing, a folder, too large, not ONNX, truncated, empty graph, external data.
-    """
-    file = Path(path)
-    if not file.exists():
-        raise IsthmusError(f"{file}: no such file; give the path of a .onnx model")
-    if not file.is_file():
-        raise IsthmusError(f"{file}: is a folder, expected a .onnx file")
-    if file.stat().st_size > MAX_MODEL_BYTES:
-        raise IsthmusError(f"{file}: {file.stat().st_size} bytes, an ONNX file without external data ends at {MAX_MODEL_BYTES}")
-    data = file.read_bytes()
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString(data)
-    except Exception as error:  # noqa: BLE001  # protobuf's DecodeError has no stable import path across its two back ends
-        raise IsthmusError(f"{file}: not an ONNX file, or cut short ({type(error).__name__} after {len(data)} bytes); export it again") from None
-    if not model.graph.node or not model.opset_import:
-        raise IsthmusError(f"{file}: not an ONNX model: no nodes or no opset; export it again")
-    external = [tensor.name for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    if external:
-        raise IsthmusError(
-            f"{file}: initialiser {external[0]!r} is stored outside the file; save the model in one file (onnx.save with save_as_external_data=False)"
-        )
-    return model

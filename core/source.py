@@ -15,7 +15,8 @@ import onnx
 from isthmus.dataset import Dataset
 from isthmus.errors import IsthmusError
 from isthmus.form import RECIPE_KEY
-from isthmus.graph import QuantGraph, load_onnx
+from isthmus.graph import QuantGraph
+from isthmus.onnx_file import load_onnx
 from isthmus.recipe import Recipe
 
 if TYPE_CHECKING:

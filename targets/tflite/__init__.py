@@ -10,7 +10,7 @@ from isthmus.errors import IsthmusError, Problem
 from isthmus.graph import QuantGraph, QuantNode
 from isthmus.plan import BuildPlan
 from isthmus.profile import Profile
-from isthmus.target import Option, Target
+from isthmus.target import Option, Target, carried_steps
 from isthmus.targets.tflite.ranges import pairs_overflow
 from isthmus.targets.tflite.rounding import ROUNDING, scale_and_zero
 
@@ -113,7 +113,7 @@ def _difference(nodes: tuple[QuantNode, ...]) -> tuple[int, str]:
         return 0, ""
     ops = sorted({node.op for node in nodes})
     reasons = {ROUNDING[op].why: [other for other in ops if ROUNDING[other].why == ROUNDING[op].why] for op in ops}
-    return max(ROUNDING[op].max_lsb for op in ops) + (len(nodes) > 1), "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
+    return max(max(ROUNDING[op].max_lsb for op in ops), carried_steps(len(nodes))), "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
 
 
 TARGET = TfliteTarget(

@@ -56,7 +56,9 @@ class _Maker:
         return self.writer.graph()
 
 
-def _conv(recipe: Recipe = PORTABLE, shape: Sequence[int] = (1, 3, 6, 6), depth: int = 3, filters: int = 4, kernel: Sequence[int] = (3, 3), **more: object) -> QuantGraph:
+def _conv(
+    recipe: Recipe = PORTABLE, shape: Sequence[int] = (1, 3, 6, 6), depth: int = 3, filters: int = 4, kernel: Sequence[int] = (3, 3), **more: object
+) -> QuantGraph:
     maker = _Maker(recipe, shape, 1)
     return maker.done(maker.conv(maker.x, depth, filters, kernel, **more))
 

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch modules and exported programs as float ONNX."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from isthmus.errors import IsthmusError
+from isthmus.export.pt2 import load_pt2
+from isthmus.graph import OPSET
+
+Inputs = torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray]
+
+
+def onnx_from_module(module: torch.nn.Module, example_inputs: Inputs) -> onnx.ModelProto:
+    """The module in evaluation mode as ONNX, with the shapes of the example (its batch too). The module is left as it was.
+
+    `example_inputs` is one tensor (or array), or one for each argument of forward(). Inputs and outputs are named "input" and "output",
+    or "input_0", "input_1", ... where there are several. Raises `IsthmusError` saying which construct cannot be exported.
+    """
+    examples = _examples(example_inputs)
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with _quiet():
+            try:
+                program = torch.export.export(module, examples, strict=False)
+            except Exception as error:
+                fix = "forward() must be traceable (no branches on tensor values)"
+                raise IsthmusError(f"{type(module).__name__} cannot be exported: {_reason(error)}; {fix}") from error
+            return _onnx(program, type(module).__name__)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def onnx_from_pt2(path: str | Path) -> onnx.ModelProto:
+    """A `.pt2` file (torch.export.save) as ONNX; nothing in the file is run. Raises `IsthmusError` where it cannot be read or exported."""
+    with _quiet():
+        return _onnx(load_pt2(path), str(path))
+
+
+def _examples(given: Inputs) -> tuple[torch.Tensor, ...]:
+    parts = [given] if isinstance(given, torch.Tensor | np.ndarray) else list(given)
+    if not parts or not all(isinstance(part, torch.Tensor | np.ndarray) for part in parts):
+        raise IsthmusError(f"example inputs: expected a tensor, or one tensor for each argument of forward(), found {type(given).__name__}")
+    return tuple(part if isinstance(part, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
+
+
+def _onnx(program: torch.export.ExportedProgram, subject: str) -> onnx.ModelProto:
+    inputs = _names("input", len(program.graph_signature.user_inputs))
+    outputs = _names("output", len(program.graph_signature.user_outputs))
+    try:
+        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs, verbose=False)
+    except Exception as error:
+        raise IsthmusError(f"{subject} cannot be exported to ONNX: {_reason(error)}; replace this operator, or export it to ONNX yourself") from error
+    if exported is None:
+        raise IsthmusError(f"{subject} cannot be exported to ONNX: torch.onnx.export gave no program")
+    model: onnx.ModelProto = exported.model_proto
+    return model
+
+
+def _names(stem: str, count: int) -> list[str]:
+    return [stem] if count == 1 else [f"{stem}_{index}" for index in range(count)]
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause's first line: the outer ones tell of torch's own stages."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of its own deprecations and logs missing optional packages: nothing the user can act on."""
+    noisy: list[Any] = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in noisy]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in noisy:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(noisy, levels, strict=True):
+                logger.setLevel(level)

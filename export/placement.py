@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the quantisers of a float graph go: which nodes are int8, which values that quantises, and which of them share one scale.
+
+Layers with weights are always int8 where the form has them. Operators without weights follow their surroundings: between float
+islands they stay float, as quantising there would only lose accuracy. Values joined by an operator that keeps the scale
+(MaxPool, Reshape, Concat, ...) form a group with one scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from isthmus.errors import Problem, ProblemsError
+from isthmus.export.draft import activations, fits_int8, follower, is_weighted, passes_scale
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`int8_nodes` by name; `fused` the Relu or Clip a node takes with it; `groups` maps each quantised value to its group's
+    representative; `sources` are the values that decide a group's range (the others only pass values on).
+    """
+
+    int8_nodes: frozenset[str]
+    fused: Mapping[str, ir.Node]
+    groups: Mapping[str, str]
+    sources: tuple[str, ...]
+
+
+def place(model: ir.Model) -> Placement:
+    """The placement for a prepared float graph. Raises `ProblemsError` where no layer with weights can be int8."""
+    nodes = list(model.graph)
+    int8 = _int8_nodes(nodes)
+    if not any(is_weighted(node) for node in nodes if node.name in int8):
+        found = f"none of its {len(nodes)} nodes is a layer with weights that int8 has (Conv, Gemm, MatMul by a constant)"
+        raise ProblemsError("nothing to quantise", [Problem("model", "nothing-to-quantise", found, "give a network, or run it as float")])
+    fused = {name: reader for name, node in int8.items() if (reader := follower(node)) is not None}
+    groups: dict[str, str] = {}
+    sources: list[str] = []
+    for name, node in int8.items():
+        inputs = [value_name(value) for value in activations(node)]
+        result = value_name((fused.get(name) or node).outputs[0])
+        for value in (*inputs, result):
+            groups.setdefault(value, value)
+        produced = result if not passes_scale(node) or node.op_type == "Clip" else None
+        fresh = [value_name(value) for value in activations(node) if not _from_int8(value, int8, fused)]
+        sources += [value for value in (*fresh, produced) if value is not None and value not in sources]
+        if passes_scale(node):
+            for value in inputs:
+                _join(groups, value, result)
+    return Placement(frozenset(int8), fused, {value: _root(groups, value) for value in groups}, tuple(sources))
+
+
+def value_name(value: ir.Value) -> str:
+    return value.name or ""
+
+
+def _int8_nodes(nodes: list[ir.Node]) -> dict[str, ir.Node]:
+    """By name, in order. First whatever may be int8, then without what no int8 neighbour carries, then without fused followers."""
+    chosen: dict[str, ir.Node] = {}
+    for node in nodes:
+        if fits_int8(node) and (is_weighted(node) or any(_carries_int8(value, chosen) for value in activations(node))):
+            chosen[str(node.name)] = node
+    while lonely := [name for name, node in chosen.items() if _is_lonely(node, chosen)]:
+        for name in lonely:
+            del chosen[name]
+    absorbed = {str(reader.name) for node in chosen.values() if (reader := follower(node)) is not None}
+    return {name: node for name, node in chosen.items() if name not in absorbed}
+
+
+def _carries_int8(value: ir.Value, chosen: Mapping[str, ir.Node]) -> bool:
+    producer = value.producer()
+    return producer is None or str(producer.name) in chosen  # a graph input is quantised where its readers are int8
+
+
+def _is_lonely(node: ir.Node, chosen: Mapping[str, ir.Node]) -> bool:
+    """A node without weights that gets nothing from an int8 node and gives nothing to one."""
+    if is_weighted(node):
+        return False
+    neighbours = [producer for value in activations(node) if (producer := value.producer()) is not None] + list(node.outputs[0].consumers())
+    return not any(str(neighbour.name) in chosen for neighbour in neighbours)
+
+
+def _from_int8(value: ir.Value, int8: Mapping[str, ir.Node], fused: Mapping[str, ir.Node]) -> bool:
+    producer = value.producer()
+    return producer is not None and (str(producer.name) in int8 or any(reader is producer for reader in fused.values()))
+
+
+def _root(groups: dict[str, str], value: str) -> str:
+    while groups[value] != value:
+        value = groups[value]
+    return value
+
+
+def _join(groups: dict[str, str], first: str, second: str) -> None:
+    groups[_root(groups, second)] = _root(groups, first)

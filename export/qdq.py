@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an unquantised graph with `REQUANTISE` nodes to a `Draft`: each of those nodes is taken into the operator in front of it,
+moved through operators that only pass values on, or kept as a quantiser or a change of scale. No step changes a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+
+from isthmus.errors import Problem, ProblemsError
+from isthmus.export.draft import REQUANTISE, Draft, Step, Weight, activations, fits_int8, follower, is_weighted, passes_scale
+from isthmus.export.rewrites._edit import add_constant, attributes_of, constant, input_at, new_node, only_reader, replace, static_shape
+from isthmus.export.rewrites.linear_as_gemm import NORMAL, as_bias
+from isthmus.export.unquantise import Held, Unquantised
+from isthmus.ops import OPS
+
+QUANTISE_AGAIN = "quantise again with a quantiser on the result of every layer"
+
+
+def draft_from_unquantised(found: Unquantised) -> Draft:
+    """Raises `ProblemsError` naming each layer that has int8 weights but is not int8 on both sides."""
+    _linear_normal_form(found)
+    _push_up(found)
+    placer = _Placer(found)
+    placer.run()
+    if placer.problems:
+        raise ProblemsError("the quantised model cannot be brought into int8 form", placer.problems)
+    if not placer.draft.weights and any(is_weighted(node) for node in placer.graph):
+        float_weights = "no layer has int8 weights behind a DequantizeLinear"
+        problem = Problem("model", "nothing-to-quantise", float_weights, "quantise the weights too, or give the float model")
+        raise ProblemsError("the quantised model cannot be brought into int8 form", [problem])
+    return placer.draft
+
+
+# ---- linear layers
+def _linear_normal_form(found: Unquantised) -> None:
+    """Gemm with int8 weight [out, in]; MatMul + Add of a constant, rank 2, as a Gemm. The integers move along."""
+    graph = found.model.graph
+    for node in list(graph):
+        held = _held(found, node)
+        if held is None or held.values.ndim != 2:
+            continue
+        given = attributes_of(node)
+        if node.op_type == "Gemm" and not given.get("transB", 0):
+            weight = _transposed(found, graph, f"{node.name}_weight", held)
+            replace(graph, [node], [new_node("Gemm", [node.inputs[0], weight, *node.inputs[2:]], given | {"transB": 1}, node.name)])
+        elif node.op_type == "MatMul" and len(static_shape(node.inputs[0]) or ()) == 2:
+            add = only_reader(node.outputs[0])
+            addend = None if add is None or add.op_type != "Add" else next((value for value in add.inputs if constant(value) is not None), None)
+            bias = None if addend is None else as_bias(np.asarray(constant(addend)), held.values.shape[1])
+            if add is None or bias is None or static_shape(add.outputs[0]) != static_shape(node.outputs[0]):
+                continue
+            inputs = [node.inputs[0], _transposed(found, graph, f"{node.name}_weight", held), add_constant(graph, f"{node.name}_bias", bias)]
+            replace(graph, [node, add], [new_node("Gemm", inputs, NORMAL, node.name)])
+
+
+def _held(found: Unquantised, node: ir.Node) -> Held | None:
+    weight = input_at(node, 1)
+    return found.held.get(str(weight.name)) if is_weighted(node) and weight is not None else None
+
+
+def _transposed(found: Unquantised, graph: ir.Graph, name: str, held: Held) -> ir.Value:
+    turned = Held(np.ascontiguousarray(held.values.T), held.scale, held.zero_point, 1 - held.axis)
+    value = add_constant(graph, name, turned.real.astype(np.float32))
+    found.held[str(value.name)] = turned
+    return value
+
+
+# ---- quantisers behind operators that only pass values on
+def _push_up(found: Unquantised) -> None:
+    """Conv -> MaxPool -> Q is Conv -> Q -> MaxPool: rounding is monotone and works on each value alone, so both are the same."""
+    graph = found.model.graph
+    known = {value.name for value in _int8_values(graph)}
+    for node in reversed(list(graph)):
+        reader = only_reader(node.outputs[0]) if passes_scale(node) and fits_int8(node) else None
+        if reader is None or reader.op_type != REQUANTISE or all(value.name in known for value in activations(node)) or _is_fused(node):
+            continue
+        step = found.steps[str(reader.outputs[0].name)]
+        for position, value in enumerate(node.inputs):
+            if value is None or constant(value) is not None or found.steps.get(str(value.name)) == step:
+                continue
+            inserted = new_node(REQUANTISE, [value], {}, f"{node.name}_requantise{position}")
+            result = inserted.outputs[0]
+            result.name, result.shape, result.type = f"{node.name}.input{position}", value.shape, value.type
+            found.steps[str(result.name)] = step
+            graph.insert_before(node, inserted)
+            node.replace_input_with(position, result)
+        _absorb(graph, reader, node.outputs[0])
+        found.steps[str(node.outputs[0].name)] = step
+
+
+def _int8_values(graph: ir.Graph) -> Iterable[ir.Value]:
+    """What is int8 already, going forward: results of REQUANTISE, and of operators that pass on nothing else."""
+    known: set[int] = set()
+    for node in graph:
+        passed = passes_scale(node) and fits_int8(node) and all(id(value) in known for value in activations(node))
+        if node.op_type == REQUANTISE or passed:
+            known.add(id(node.outputs[0]))
+            yield node.outputs[0]
+
+
+def _is_fused(node: ir.Node) -> bool:
+    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return producer is not None and follower(producer) is node
+
+
+def _absorb(graph: ir.Graph, requantise: ir.Node, value: ir.Value) -> None:
+    """Readers of a REQUANTISE node's result read `value`, which takes over its name where that is a graph output's."""
+    result = requantise.outputs[0]
+    border, name = result.is_graph_output(), result.name
+    result.replace_all_uses_with(value, replace_graph_outputs=True)
+    graph.remove(requantise, safe=True)
+    if border:
+        value.name = name
+
+
+# ---- placing
+class _Placer:
+    """One pass in order: what reads int8 values and ends in a REQUANTISE node is an int8 operator."""
+
+    def __init__(self, found: Unquantised) -> None:
+        self.found = found
+        self.graph = found.model.graph
+        self.draft = Draft(found.model)
+        self.problems: list[Problem] = []
+        self.absorbed: set[int] = set()
+
+    def run(self) -> None:
+        for node in list(self.graph):
+            if node.graph is not self.graph or id(node) in self.absorbed:
+                continue
+            ready = fits_int8(node) and all(str(value.name) in self.draft.steps for value in activations(node))
+            if node.op_type == REQUANTISE:
+                self._requantise(node)
+            elif ready and passes_scale(node):
+                self._passing(node)
+            elif ready and (not is_weighted(node) or _held(self.found, node) is not None):
+                self._arithmetic(node)
+            elif _held(self.found, node) is not None:
+                self._say_unready(node)
+
+    def _requantise(self, node: ir.Node) -> None:
+        step, source = self.found.steps[str(node.outputs[0].name)], node.inputs[0]
+        same = source is not None and self.draft.steps.get(str(source.name)) == step
+        takes_name = source is not None and source.producer() is not None and not source.is_graph_output()
+        if source is not None and same and (takes_name or not node.outputs[0].is_graph_output()):
+            _absorb(self.graph, node, source)
+            self.draft.steps[str(source.name)] = step  # the name may have changed
+            return
+        self._int8(node, step)
+
+    def _int8(self, node: ir.Node, step: Step) -> None:
+        self.draft.int8_nodes.add(str(node.name))
+        self.draft.steps[str(node.outputs[0].name)] = step
+
+    def _passing(self, node: ir.Node) -> None:
+        steps = [self.draft.steps[str(value.name)] for value in activations(node)]
+        reader = only_reader(node.outputs[0])
+        behind = reader is not None and reader.op_type == REQUANTISE
+        target = steps[0] if len(set(steps)) == 1 else self.found.steps[str(reader.outputs[0].name)] if behind and reader is not None else _widest(steps)
+        for position, (value, step) in enumerate(zip(list(node.inputs), steps, strict=False)):
+            if step == target or value is None:
+                continue
+            changed = new_node(REQUANTISE, [value], {}, f"{node.name}_requantise{position}")
+            result = changed.outputs[0]
+            result.name, result.shape, result.type = f"{node.name}.input{position}", value.shape, value.type
+            self.graph.insert_before(node, changed)
+            node.replace_input_with(position, result)
+            self._int8(changed, target)
+        self._int8(node, target)
+
+    def _arithmetic(self, node: ir.Node) -> None:
+        fused = follower(node)
+        result = (fused or node).outputs[0]
+        reader = only_reader(result)
+        if reader is None or reader.op_type != REQUANTISE:
+            if is_weighted(node):
+                self._say_unquantised_result(node, result)
+            return
+        step = self.found.steps[str(reader.outputs[0].name)]
+        _absorb(self.graph, reader, result)
+        self.draft.int8_nodes.add(str(node.name))
+        self.draft.steps[str(result.name)] = step
+        if fused is not None:
+            self.draft.fused[str(node.name)] = fused
+            self.absorbed.add(id(fused))
+        if is_weighted(node):
+            self._weights(node)
+
+    def _weights(self, node: ir.Node) -> None:
+        held = _held(self.found, node)
+        assert held is not None
+        axis = OPS[node.op_type].weight_axis or 0
+        name = str(node.name)
+        if held.values.dtype != np.int8 or held.zero_point.any():
+            found = f"its weight is {held.values.dtype}{' with a zero point' if held.zero_point.any() else ''}"
+            self._say(name, "weight", found, "quantise weights symmetrically to int8 (ONNX Runtime: weight_type=QInt8)")
+        elif held.scale.size > 1 and (held.axis != axis or held.scale.size != held.values.shape[axis]):
+            found = f"its weight has {held.scale.size} scales along axis {held.axis}"
+            self._say(name, "weight", found, f"give one scale, or one an output channel (axis {axis})")
+        else:
+            self.draft.weights[name] = Weight(held.values, held.scale.reshape(-1).astype(np.float32))
+        bias = input_at(node, 2)
+        if bias is not None:
+            kept = self.found.held.get(str(bias.name))
+            self.draft.biases[name] = kept.real if kept is not None else np.asarray(constant(bias), np.float64)
+
+    # ---- what is wrong
+    def _say(self, node: str, rule: str, found: str, fix: str) -> None:
+        self.problems.append(Problem(node, rule, found, fix))
+
+    def _say_unquantised_result(self, node: ir.Node, result: ir.Value) -> None:
+        readers = [reader for reader in result.consumers() if reader.op_type != REQUANTISE]
+        if any(reader.op_type == "BatchNormalization" for reader in readers):
+            found = "a BatchNormalization stands between it and its quantiser"
+            self._say(str(node.name), "batch-norm", found, "fold BatchNorm into the layers before quantising")
+            return
+        if not readers and len(result.consumers()) > 1:
+            found = f"its result {result.name!r} is quantised in {len(result.consumers())} different ways"
+        elif readers:
+            found = f"its result {result.name!r} is read unquantised by {', '.join(str(reader.name) for reader in readers[:3])}"
+        else:
+            found = f"its result {result.name!r} is a graph output without a quantiser"
+        self._say(str(node.name), "output-not-quantised", found, QUANTISE_AGAIN)
+
+    def _say_unready(self, node: ir.Node) -> None:
+        bare = [str(value.name) for value in activations(node) if str(value.name) not in self.draft.steps]
+        if bare:
+            found = f"its weight is int8, but its input {bare[0]!r} is float"
+            self._say(str(node.name), "input-not-quantised", found, "quantise the input of every layer with int8 weights")
+        else:
+            found = f"{node.op_type} with {attributes_of(node)} is not in the int8 form"
+            self._say(str(node.name), "attributes", found, "use 1-D or 2-D convolutions and plain linear layers")
+
+
+def _widest(steps: Iterable[Step]) -> Step:
+    """One step for all: the coarsest where the zero points agree, else one whose range covers every range."""
+    steps = list(steps)
+    if len({step.zero_point for step in steps}) == 1:
+        return max(steps)
+    low = min((-128 - step.zero_point) * step.scale for step in steps)
+    high = max((127 - step.zero_point) * step.scale for step in steps)
+    scale = float(np.float32((high - low) / 255))
+    return Step(scale, int(np.clip(round(-128 - low / scale), -128, 127)))

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A constant factor or shift in front of linear layers (x / 255, x - mean) goes into their weights, so that the border can be int8.
+
+A factor passes padding, as zero stays zero. A shift does not: it is folded only where no reader pads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from isthmus.export.rewrites._edit import NodeRewrite, add_constant, attributes_of, constant, input_at, new_node, replace, static_shape
+
+LINEAR = ("Conv", "Gemm", "MatMul")
+
+
+class ScaleIntoWeights(NodeRewrite):
+    def rewrite(self, graph: ir.Graph, node: ir.Node) -> bool:
+        affine = _affine(node)
+        if affine is None:
+            return False
+        source, factor, shift = affine
+        result = node.outputs[0]
+        readers = [use.node for use in result.uses()]
+        if result.is_graph_output() or not readers or not all(_can_take(reader, result, shift is not None) for reader in readers):
+            return False
+        for reader in readers:
+            _fold(graph, reader, source, factor, shift)
+        graph.remove(node, safe=True)
+        return True
+
+
+def _affine(node: ir.Node) -> tuple[ir.Value, np.ndarray, np.ndarray | None] | None:
+    """(x, factor [C], shift [C] or None) where the node computes x * factor + shift with constants along axis 1; else None."""
+    if node.op_type not in ("Mul", "Div", "Add", "Sub") or len(node.inputs) != 2:
+        return None
+    position = 1 if constant(node.inputs[1]) is not None else 0
+    held, source = constant(node.inputs[position]), node.inputs[1 - position]
+    shape = static_shape(source)
+    if held is None or source is None or constant(source) is not None or shape is None or len(shape) < 2 or static_shape(node.outputs[0]) != shape:
+        return None
+    values = _along_channels(held, shape)
+    if values is None or (position == 0 and node.op_type == "Div"):
+        return None
+    one = np.ones_like(values)
+    if node.op_type == "Mul":
+        return source, values, None
+    if node.op_type == "Div":
+        return (source, 1.0 / values, None) if values.all() else None
+    if node.op_type == "Add":
+        return source, one, values
+    return (source, one, -values) if position == 1 else (source, -one, values)
+
+
+def _along_channels(held: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+    """A constant that differs along axis 1 only, as float64 [C]; None where it differs elsewhere."""
+    if held.ndim > len(shape):
+        return None
+    extents = (1,) * (len(shape) - held.ndim) + held.shape
+    if any(extent != 1 for axis, extent in enumerate(extents) if axis != 1):
+        return None
+    return np.array(np.broadcast_to(held.astype(np.float64).reshape(-1), (shape[1],)))
+
+
+def _can_take(reader: ir.Node, value: ir.Value, shifts: bool) -> bool:
+    if reader.op_type not in LINEAR or reader.inputs[0] is not value or constant(input_at(reader, 1)) is None:
+        return False
+    if any(position > 0 and held is value for position, held in enumerate(reader.inputs)):
+        return False
+    bias = input_at(reader, 2)
+    given = attributes_of(reader)
+    if reader.op_type == "Conv":
+        padded = any(given.get("pads", [])) or given.get("auto_pad", "NOTSET") != "NOTSET"
+        return not shifts or (not padded and (bias is None or constant(bias) is not None))
+    rank = len(static_shape(value) or ())
+    if reader.op_type == "MatMul":
+        return rank == 2 and not shifts
+    return bool(given.get("transB") == 1 and not given.get("transA") and given.get("alpha", 1.0) == 1.0 and given.get("beta", 1.0) == 1.0) and (
+        not shifts or bias is None or constant(bias) is not None
+    )
+
+
+def _fold(graph: ir.Graph, reader: ir.Node, source: ir.Value, factor: np.ndarray, shift: np.ndarray | None) -> None:
+    weight = np.asarray(constant(reader.inputs[1]), np.float64)
+    label = reader.name or reader.outputs[0].name
+    if reader.op_type == "Conv":
+        group = attributes_of(reader).get("group", 1)
+        per_filter = np.repeat(factor.reshape(group, -1), weight.shape[0] // group, axis=0)  # the channels each filter sees
+        scaled = weight * per_filter.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.ndim - 2))
+        seen = None if shift is None else np.repeat(shift.reshape(group, -1), weight.shape[0] // group, axis=0)
+        moved = None if seen is None else (weight.sum(axis=tuple(range(2, weight.ndim))) * seen).sum(axis=1)
+    elif reader.op_type == "Gemm":
+        scaled, moved = weight * factor, None if shift is None else weight @ shift
+    else:
+        scaled, moved = weight * factor[:, None], None
+    inputs = [source, add_constant(graph, f"{label}_weight", scaled.astype(np.float32)), *reader.inputs[2:]]
+    if moved is not None:
+        held = constant(input_at(reader, 2))
+        bias = (moved if held is None else held.astype(np.float64) + moved).astype(np.float32)
+        inputs = [*inputs[:2], add_constant(graph, f"{label}_bias", bias)]
+    replace(graph, [reader], [new_node(reader.op_type, inputs, attributes_of(reader), reader.name)])

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two roads into the int8 form: a float model with measured ranges, and a model that already carries quantisers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from isthmus.errors import IsthmusError, Problem, ProblemsError
+from isthmus.export.draft import Draft, Step, is_weighted
+from isthmus.export.emit import emit
+from isthmus.export.placement import Placement, place
+from isthmus.export.prepare import prepare_graph
+from isthmus.export.qdq import draft_from_unquantised
+from isthmus.export.rewrites import QDQ_REWRITES
+from isthmus.export.rewrites._edit import constant, input_at
+from isthmus.export.scales import is_power_of_two, quantise_weight, step_from_range
+from isthmus.export.shapes import Shapes
+from isthmus.export.unquantise import type_problems, unquantise
+from isthmus.form import RECIPE_KEY
+from isthmus.graph import QuantGraph
+from isthmus.ops import OPS
+from isthmus.recipe import Recipe
+
+Ranges = Mapping[str, tuple[float, float]]
+
+
+def tensors_to_calibrate(model: onnx.ModelProto) -> tuple[str, ...]:
+    """The tensors of a prepared float model whose ranges `graph_from_ranges` needs, in the model's order."""
+    return place(ir.serde.deserialize_model(model)).sources
+
+
+def graph_from_ranges(model: onnx.ModelProto, ranges: Ranges, recipe: Recipe) -> QuantGraph:
+    """A prepared float model (`prepare_float`) in int8 form, quantised by `recipe` with the measured range of each tensor.
+
+    Raises `IsthmusError` where a range is missing or not finite, `ProblemsError` where no layer can be int8 or a rule of the form breaks.
+    """
+    graph = ir.serde.deserialize_model(model)
+    placement = place(graph)
+    draft = Draft(graph, set(placement.int8_nodes), dict(placement.fused), _steps(placement, ranges, recipe))
+    _quantise_weights(draft, recipe)
+    return emit(draft, recipe)
+
+
+def graph_from_qdq(model: onnx.ModelProto, recipe: Recipe | None = None, shapes: Shapes | None = None) -> QuantGraph:
+    """A model that carries QuantizeLinear/DequantizeLinear, of whatever writer, in int8 form; one that is in the form already comes back as it is.
+
+    Every int8 value stays what it was (float biases are rounded to int32 steps of input x weight scale). Without a `recipe` the scheme is
+    read off the scales. Raises `ProblemsError` naming node and rule where the graph has no such form.
+    """
+    if any(entry.key == RECIPE_KEY for entry in model.metadata_props):
+        return QuantGraph.from_model(model)
+    problems = type_problems(model)
+    if problems:
+        raise ProblemsError("the quantised model cannot be brought into int8 form", problems)
+    found = unquantise(prepare_graph(model, shapes, []))
+    ir.passes.PassManager([rewrite() for rewrite in QDQ_REWRITES], steps=8, early_stop=True)(found.model)
+    draft = draft_from_unquantised(found)
+    return emit(draft, recipe or inferred_recipe(draft))
+
+
+def inferred_recipe(draft: Draft) -> Recipe:
+    """The recipe that a quantised model's scales and zero points follow."""
+    scales = [step.scale for step in draft.steps.values()] + [float(scale) for weight in draft.weights.values() for scale in weight.scale]
+    per_channel = any(weight.scale.size > 1 for weight in draft.weights.values())
+    if any(step.zero_point for step in draft.steps.values()):
+        scheme = "asymmetric"
+    else:
+        scheme = "power_of_two" if all(is_power_of_two(scale) for scale in scales) else "symmetric"
+    return Recipe(name="imported", scheme=scheme, per_channel=per_channel)
+
+
+def _steps(placement: Placement, ranges: Ranges, recipe: Recipe) -> dict[str, Step]:
+    missing = [name for name in placement.sources if name not in ranges]
+    if missing:
+        share = f"{len(missing)} of {len(placement.sources)} are missing"
+        raise IsthmusError(f"no range was measured for tensor {missing[0]!r} ({share}); calibrate the prepared model")
+    joined: dict[str, tuple[float, float]] = {}
+    for name in placement.sources:
+        low, high = ranges[name]
+        root = placement.groups[name]
+        other = joined.get(root, (low, high))
+        joined[root] = (min(low, other[0]), max(high, other[1]))
+    steps: dict[str, Step] = {}
+    for root, (low, high) in joined.items():
+        try:
+            steps[root] = step_from_range(low, high, recipe.scheme)
+        except IsthmusError as error:
+            raise IsthmusError(f"tensor {root!r}: {error}") from None
+    return {value: steps[root] for value, root in placement.groups.items()}
+
+
+def _quantise_weights(draft: Draft, recipe: Recipe) -> None:
+    problems = []
+    for node in draft.model.graph:
+        name = str(node.name)
+        if name not in draft.int8_nodes or not is_weighted(node):
+            continue
+        weight, bias = constant(node.inputs[1]), constant(input_at(node, 2))
+        if weight is None or not np.isfinite(weight).all() or (bias is not None and not np.isfinite(bias).all()):
+            problems.append(Problem(name, "finite-weights", "its weight or bias holds NaN or infinity", "train or export the model again"))
+            continue
+        input_scale = draft.steps[str(node.inputs[0].name)].scale if node.inputs[0] is not None else 1.0
+        draft.weights[name] = quantise_weight(weight, OPS[node.op_type].weight_axis or 0, recipe, bias, input_scale)
+        if bias is not None:
+            draft.biases[name] = bias.astype(np.float64)
+    if problems:
+        raise ProblemsError("the model cannot be quantised", problems)

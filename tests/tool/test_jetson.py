@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Target `jetson`: the same numbers in TensorRT's dialect, NVIDIA's own compiler run ahead of time, and the script that builds on the board."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from isthmus import reference
+from isthmus.errors import IsthmusError
+from isthmus.form_writer import FormWriter
+from isthmus.graph import QuantGraph
+from isthmus.plan import BuildPlan, execute
+from isthmus.profile import load_profile
+from isthmus.recipe import Recipe
+from isthmus.targets.jetson import FLOAT_OPS, TARGET
+
+PROFILE = load_profile("jetson-orin-nano")
+MODELS = sorted((Path(__file__).parents[1] / "models").glob("*.onnx"))
+BUILD_SCRIPT = Path(str(resources.files("isthmus.targets.jetson") / "build_engine.py"))
+Require = Callable[[str], str]
+
+
+def anything(*shape: int) -> np.ndarray:
+    return np.random.randint(-128, 128, shape).astype(np.int8)
+
+
+def one(shape: tuple[int, ...], body: Callable[[FormWriter, str], str], recipe: Recipe | None = None) -> QuantGraph:
+    w = FormWriter(recipe)
+    w.output(body(w, w.input("x", shape, scale=2.0**-4)), "y")
+    return w.graph()
+
+
+def planned(graph: QuantGraph) -> BuildPlan:
+    return TARGET.plan(graph, PROFILE, {})
+
+
+def lowered(graph: QuantGraph) -> onnx.ModelProto:
+    return onnx.load_from_string(planned(graph).files["model.onnx"])
+
+
+def images() -> QuantGraph:
+    """Every kind of convolution and pool, additions and joins, logits and probabilities."""
+    w = FormWriter()
+    x = w.input("image", (1, 4, 12, 12), scale=2.0**-4)
+    y = w.conv(x, anything(8, 2, 3, 3), 2.0**-8, np.arange(8, dtype=np.int32), scale=2.0**-1, group=2, pads=(1, 0, 1, 2), activation="Relu")
+    d = w.conv(
+        y, anything(8, 1, 3, 3), 2.0 ** -np.arange(4.0, 12.0), None, scale=2.0**-1, group=8, dilations=(2, 1), pads=(2, 1, 2, 1), activation=("Clip", 0.0, 6.0)
+    )
+    total = w.add(y, d, scale=2.0**0, activation="Relu")
+    a = w.average_pool(total, (3, 3), (2, 2), (1, 1, 0, 0), ceil_mode=1, scale=2.0**-1)
+    m = w.requantize(w.max_pool(total, (3, 3), (2, 2), (0, 0, 0, 0), ceil_mode=1), scale=2.0**-1)
+    joined = w.clip(w.concat([a, m], 1), -1.0, 5.0)
+    pooled = w.flatten(w.global_average_pool(joined, scale=2.0**-2))
+    logits = w.gemm(pooled, anything(10, 16), 2.0**-7, np.arange(10, dtype=np.int32), scale=2.0**-1)
+    w.output(logits, "logits")
+    w.softmax_output(logits, "probabilities")
+    return w.graph()
+
+
+def sequences() -> QuantGraph:
+    """One space axis: convolution, pools, a matrix product over three axes."""
+    w = FormWriter()
+    x = w.input("signal", (1, 4, 24), scale=2.0**-4)
+    y = w.conv(x, anything(6, 2, 5), 2.0**-7, np.arange(6, dtype=np.int32), scale=2.0**-1, group=2, strides=(2,), pads=(1, 2), activation="Relu")
+    y = w.average_pool(w.max_pool(y, (3,), (1,), (1, 1)), (2,), scale=2.0**-2)
+    y = w.matmul(y, anything(6, 4), 2.0**-7, scale=2.0**-1, activation="Relu")
+    w.output(w.reshape(w.relu(y), (1, 24)), "y")
+    return w.graph()
+
+
+def assert_same_numbers(graph: QuantGraph, max_lsb: int = 0) -> None:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = ort.InferenceSession(planned(graph).files["model.onnx"], options, providers=["CPUExecutionProvider"])
+    for choice in (np.arange(-128, 128), np.array([-128, 127])):
+        fed = {spec.name: np.random.choice(choice.astype(np.int8), spec.shape) for spec in graph.inputs}
+        expected = reference.run(graph, fed)
+        actual = session.run([spec.name for spec in graph.outputs], {spec.name: spec.dequantise(fed[spec.name]) for spec in graph.inputs})
+        for spec, real in zip(graph.outputs, actual, strict=True):
+            if spec.is_quantised:
+                assert np.abs(spec.quantise(real).astype(int) - expected[spec.name]).max() <= max_lsb, spec.name
+            else:
+                np.testing.assert_allclose(real, expected[spec.name], rtol=1e-5, atol=1e-6)
+
+
+# ---- the dialect
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_lowering_keeps_every_number(path: Path) -> None:
+    graph = QuantGraph.load(path)
+    if graph.recipe.scheme == "asymmetric":
+        assert "scheme" in {problem.rule for problem in TARGET.check(graph, PROFILE)}
+        return
+    assert TARGET.check(graph, PROFILE) == []
+    assert_same_numbers(graph, max_lsb=0 if graph.recipe.scheme == "power_of_two" else 1)
+
+
+@pytest.mark.parametrize("make", [images, sequences])
+def test_networks_keep_every_number(make: Callable[[], QuantGraph]) -> None:
+    assert_same_numbers(make())
+
+
+@pytest.mark.parametrize("make", [images, sequences])
+def test_the_dialect_is_what_the_parser_takes(make: Callable[[], QuantGraph]) -> None:
+    model = lowered(make())
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
+    assert all(value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for value in (*model.graph.input, *model.graph.output))
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        attributes = {attribute.name for attribute in node.attribute}
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            scale, zero = constants[node.input[1]], constants[node.input[2]]
+            assert zero.dtype == np.int8 and not zero.any() and zero.size == scale.size
+            assert node.input[0] not in constants or constants[node.input[0]].dtype == np.int8  # never an int32 bias
+        if node.op_type in ("Conv", "Gemm") and len(node.input) > 2:
+            assert constants[node.input[2]].dtype == np.float32
+        if node.op_type in ("Conv", "MaxPool", "AveragePool"):
+            assert "kernel_shape" in attributes and "auto_pad" not in attributes
+        assert "ceil_mode" not in attributes and ("dilations" not in attributes or node.op_type == "Conv")
+    assert len({node.name for node in model.graph.node}) == len(model.graph.node)
+
+
+def test_duplicate_node_names_do_not_mix_up_constants() -> None:
+    model = onnx.load_from_string(sequences().to_bytes())
+    for node in model.graph.node:
+        node.name = "same"
+    assert_same_numbers(QuantGraph.from_model(model))
+
+
+# ---- what it refuses
+@pytest.mark.parametrize(
+    ("body", "rule"),
+    [
+        (lambda w, x: w.max_pool(x, (3, 3), (1, 1), dilations=(2, 2), name="pool"), "pool-dilation"),
+        (lambda w, x: w.average_pool(x, (3, 3), (2, 2), (1, 0, 1, 0), 1, 1, scale=2.0**-4, name="pool"), "pool-overhang"),
+    ],
+)
+def test_pools_that_tensorrt_has_not_are_named(body: Callable[[FormWriter, str], str], rule: str) -> None:
+    problems = TARGET.check(one((1, 2, 9, 10), body), PROFILE)
+    assert [(problem.node, problem.rule) for problem in problems] == [("pool", rule)]
+
+
+def test_every_problem_is_given_at_once() -> None:
+    w = FormWriter(Recipe(name="a", scheme="asymmetric"))
+    x = w.max_pool(w.input("x", (1, 2, 9, 9), scale=0.1, zero_point=3), (2, 2), dilations=(2, 2))
+    w.float_node("Sin", [w.dequantise(x)], ["y"], "wave")
+    w.float_output("y")
+    assert [problem.rule for problem in TARGET.check(w.graph(), PROFILE)] == ["scheme", "operator", "pool-dilation"]
+
+
+# ---- the plan
+def test_the_plan_says_what_is_left_for_the_board() -> None:
+    graph = images()
+    plan = planned(graph)
+    check, engine = plan.steps
+    assert sorted(plan.files) == ["build_engine.py", "model.onnx"]
+    assert (plan.artifact, plan.engine, plan.runs_here) == ("model.onnx", "tensorrt", False)
+    assert (check.name, check.tool, check.where, check.optional) == ("check-sm86", "tensorrt_rtx", "host", True)
+    assert (engine.argv, engine.tool, engine.where, engine.outputs) == (("python3", "build_engine.py"), "tensorrt", "board", ("model.engine",))
+    assert [(spec.name, spec.dtype, spec.scale) for spec in (*plan.inputs, *plan.outputs)] == [
+        ("image", "float32", None),
+        ("logits", "float32", None),
+        ("probabilities", "float32", None),
+    ]
+    assert plan.max_lsb == 1 and "not measured yet" in plan.why_lsb
+    assert not any("runs on" in note for note in plan.notes)
+    assert "SM87" in plan.notes[1] and "JetPack 6.2 brings 10.3" in plan.notes[0]
+
+
+def test_equal_graphs_make_equal_plans() -> None:
+    assert planned(QuantGraph.load(MODELS[0])).digest() == planned(QuantGraph.load(MODELS[0])).digest()
+
+
+# ---- NVIDIA's compiler, without a GPU
+@pytest.mark.parametrize("make", [images, sequences])
+def test_tensorrt_rtx_compiles_every_operator(make: Callable[[], QuantGraph], tmp_path: Path, require: Require) -> None:
+    require("tensorrt_rtx")
+    check, engine = execute(planned(make()), tmp_path)
+    assert check.status == "done" and check.tool_version
+    assert check.detail.startswith(f"parses and compiles with TensorRT-RTX {check.tool_version} for SM86 in ")
+    assert (engine.status, engine.detail) == ("planned", "runs on the board")
+    assert not (tmp_path / "model.engine").exists()
+
+
+def test_the_models_and_these_networks_hold_every_operator_of_the_table() -> None:
+    held = {node.op for graph in (images(), sequences()) for node in graph.nodes if node.kind == "int8"}
+    assert held == TARGET.ops
+
+
+def test_tensorrt_rtx_compiles_every_float_island(tmp_path: Path, require: Require) -> None:
+    """All in one graph: a compile takes longer than an operator."""
+    require("tensorrt_rtx")
+    w = FormWriter()
+    x = w.dequantise(w.input("x", (1, 8, 8), scale=2.0**-5))
+    w.float_node("Exp", [x], ["positive"], "positive")
+    constants = {
+        "Pow": [np.float32(0.5)],
+        "Clip": [np.float32(-1), np.float32(2)],
+        "Reshape": [np.array([1, 64])],
+        "LayerNormalization": [np.ones(8, np.float32), np.ones(8, np.float32)],
+        **{op: [np.array([-1])] for op in ("ReduceMean", "ReduceSum", "ReduceMax")},
+        **{op: [np.ones((8, 5), np.float32)] for op in ("MatMul", "Gemm")},
+    }
+    attributes = {"Concat": {"axis": 1}, "Transpose": {"perm": [0, 2, 1]}, **{op: {"axis": -1} for op in ("Softmax", "LogSoftmax", "LayerNormalization")}}
+    w.float_node("Squeeze", [x, w.constant("first", np.array([0]))], ["matrix"], "matrix")
+    for op in sorted(FLOAT_OPS):
+        source = {"Gemm": "matrix", **dict.fromkeys(("Log", "Sqrt", "Reciprocal", "Pow"), "positive")}.get(op, x)
+        two = ["positive"] if op in ("Add", "Sub", "Mul", "Div", "Max", "Min", "Concat") else []
+        given = [w.constant(f"{op}_{index}", np.asarray(array)) for index, array in enumerate(constants.get(op, []))]
+        w.float_node(op, [source, *two, *given], [f"y_{op}"], f"island_{op}", **attributes.get(op, {}))
+        w.float_output(f"y_{op}")
+    assert execute(planned(w.graph()), tmp_path)[0].detail.startswith("parses and compiles")
+
+
+def check_with_rtx(folder: Path, model: str, *more: str) -> tuple[int, str]:
+    argv = [sys.executable, "-m", "isthmus.targets.jetson.check_with_rtx", model, *more]
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.returncode, done.stdout.strip().splitlines()[-1]
+
+
+def test_the_check_names_what_nvidia_refuses(tmp_path: Path, require: Require) -> None:
+    require("tensorrt_rtx")
+    graph = one((1, 2, 9, 9), lambda w, x: w.conv(x, anything(2, 2, 3, 3), 2.0**-7, np.arange(2, dtype=np.int32), scale=2.0, name="stem"))
+    (tmp_path / "form.onnx").write_bytes(graph.to_bytes())  # the form itself: its bias stands behind a DequantizeLinear
+    code, line = check_with_rtx(tmp_path, "form.onnx")
+    assert code == 1
+    assert "refuses node 'stem_bias_dequantise' (DequantizeLinear): " in line and "input has type Int32" in line
+
+
+def test_the_check_refuses_other_files_in_one_line(tmp_path: Path, require: Require) -> None:
+    require("tensorrt_rtx")
+    (tmp_path / "cut.onnx").write_bytes(planned(sequences()).files["model.onnx"][:300])
+    assert check_with_rtx(tmp_path, "cut.onnx")[0] == 1
+    assert check_with_rtx(tmp_path, "none.onnx") == (2, "none.onnx: No such file or directory")
+    (tmp_path / "model.onnx").write_bytes(planned(sequences()).files["model.onnx"])
+    assert check_with_rtx(tmp_path, "model.onnx", "--sm", "87")[1].endswith("does not know SM87: it has SM120, SM121, SM75, SM80, SM86, SM89")
+
+
+def test_a_refused_graph_ends_the_compile(tmp_path: Path, require: Require) -> None:
+    require("tensorrt_rtx")
+    plan = planned(one((1, 2, 9, 9), lambda w, x: w.max_pool(x, (3, 3), (1, 1), dilations=(2, 2), name="pool")))  # `check` was passed over
+    with pytest.raises(IsthmusError, match=r"(?s)step check-sm86 .* ended with code 1:.*refuses node 'pool' \(MaxPool\): .*dilations"):
+        execute(plan, tmp_path)
+
+
+# ---- the script for the board
+# TensorRT's Python module cannot be installed here; TensorRT-RTX has the same classes and really builds. It needs to be told a GPU, and a version.
+STAND_IN = """
+import tensorrt_rtx
+from tensorrt_rtx import *
+
+__version__ = {version!r}
+
+
+class Builder(tensorrt_rtx.Builder):
+    def create_builder_config(self):
+        config = super().create_builder_config()
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(tensorrt_rtx.ComputeCapability.SM86, 0)
+        return config
+"""
+
+
+def build_on_board(folder: Path, *arguments: str, version: str = "10.3.0", module: str = STAND_IN) -> subprocess.CompletedProcess[str]:
+    """Runs the plan's script as the board would, with a module called tensorrt on its path."""
+    (folder / "site").mkdir(exist_ok=True)
+    (folder / "site" / "tensorrt.py").write_text(module.format(version=version) if module == STAND_IN else module, encoding="utf-8")
+    argv = [sys.executable, "-W", "ignore", "build_engine.py", *arguments]
+    return subprocess.run(argv, cwd=folder, env={**os.environ, "PYTHONPATH": "site"}, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Path:
+    for name, content in planned(sequences()).files.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def test_the_script_builds_an_engine(board: Path, require: Require) -> None:
+    require("tensorrt_rtx")
+    done = build_on_board(board)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"built model.engine: {(board / 'model.engine').stat().st_size} bytes, TensorRT 10.3.0, ")
+    assert sorted(path.name for path in board.iterdir()) == ["build_engine.py", "model.engine", "model.onnx", "site", "timing.cache"]
+    assert build_on_board(board, "--workspace-mib", "256").returncode == 0  # with the timing cache of the first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "version", "message"),
+    [
+        (("--model", "none.onnx"), "10.3.0", "build_engine: none.onnx: no such file; run this in the artifact's folder, or pass --model"),
+        ((), "8.5.2", "build_engine: TensorRT 8.5.2 found, expected 10.0 or later: this graph is written for JetPack 6"),
+        (
+            ("--workspace-mib", "8"),
+            "10.3.0",
+            "build_engine: 8 MiB for TensorRT's workspace, expected 64 or more: stop other programs, add swap, or pass --workspace-mib",
+        ),
+    ],
+)
+def test_the_script_says_what_is_wrong_in_one_sentence(arguments: tuple[str, ...], version: str, message: str, board: Path, require: Require) -> None:
+    require("tensorrt_rtx")
+    done = build_on_board(board, *arguments, version=version)
+    assert (done.returncode, done.stderr.strip()) == (1, message)
+    assert not (board / "model.engine").exists()
+
+
+def test_the_script_without_tensorrt_says_what_brings_it(board: Path) -> None:
+    done = build_on_board(board, module="raise ImportError('no library')")
+    assert done.returncode == 1
+    assert done.stderr == "build_engine: the Python module tensorrt cannot be imported (no library): install it with 'sudo apt install tensorrt' (JetPack)\n"
+
+
+def test_a_failed_build_leaves_the_old_engine(board: Path, require: Require) -> None:
+    require("tensorrt_rtx")
+    (board / "model.engine").write_bytes(b"old")
+    graph = one((1, 2, 9, 9), lambda w, x: w.conv(x, anything(2, 2, 3, 3), 2.0**-7, np.arange(2, dtype=np.int32), scale=2.0, name="stem"))
+    (board / "model.onnx").write_bytes(graph.to_bytes())
+    done = build_on_board(board)
+    assert done.returncode == 1
+    assert "build_engine: TensorRT 10.3.0 refuses model.onnx at node 'stem_bias_dequantise' (DequantizeLinear): " in done.stderr
+    assert (board / "model.engine").read_bytes() == b"old"
+    assert sorted(path.name for path in board.iterdir()) == ["build_engine.py", "model.engine", "model.onnx", "site"]
+
+
+def test_the_script_needs_the_standard_library_and_tensorrt_alone() -> None:
+    tree = ast.parse(BUILD_SCRIPT.read_text(encoding="utf-8"), feature_version=(3, 8))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported - set(sys.stdlib_module_names) == {"tensorrt"}
+
+
+def test_the_script_calls_only_what_tensorrt_has(require: Require) -> None:
+    """Every name it takes from the module and from the module's objects exists in TensorRT-RTX, whose Python interface is TensorRT's."""
+    require("tensorrt_rtx")
+    import tensorrt_rtx
+
+    owners = {
+        "builder": tensorrt_rtx.Builder,
+        "network": tensorrt_rtx.INetworkDefinition,
+        "config": tensorrt_rtx.IBuilderConfig,
+        "parser": tensorrt_rtx.OnnxParser,
+        "error": tensorrt_rtx.ParserError,
+        "trt": tensorrt_rtx,
+    }
+    used = {
+        (node.value.id, node.attr)
+        for node in ast.walk(ast.parse(BUILD_SCRIPT.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in owners
+    }
+    assert {owner for owner, _ in used} == set(owners) - {"network"}
+    assert not {(owner, name) for owner, name in used if not hasattr(owners[owner], name)}
+    for enumeration in ("MemoryPoolType.WORKSPACE", "BuilderFlag.TF32", "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "Logger.VERBOSE", "Logger.WARNING"):
+        owner, name = enumeration.split(".")
+        assert hasattr(getattr(tensorrt_rtx, owner), name)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The zoo: one module of this folder a system, each with `SYSTEM = ZooSystem(...)`. Listing names imports none of them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from isthmus.errors import IsthmusError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from isthmus.train.data import Split
+    from isthmus.train.loop import TrainConfig
+
+PREFIX = "zoo:"
+
+
+@dataclass(frozen=True)
+class ZooSystem:
+    """One network with its data and its training.
+
+    - `presets`: the network's configuration by name; the first is the default.
+    - `build(configuration)`: a new module with random weights (from torch's global generator).
+    - `input_shape(configuration)`: what the module takes, batch 1 in front.
+    - `data(seed)`: the samples. `train`: how the float network is trained (a recipe sets epochs and learning rate of QAT).
+    """
+
+    name: str
+    summary: str
+    paper: str
+    presets: Mapping[str, Any]
+    build: Callable[[Any], nn.Module]
+    input_shape: Callable[[Any], tuple[int, ...]]
+    data: Callable[[int], Split]
+    train: TrainConfig
+
+    @property
+    def default_preset(self) -> str:
+        return next(iter(self.presets))
+
+    def configuration(self, preset: str = "") -> Any:
+        """The configuration of `preset` ('' for the default). Raises `IsthmusError` that lists the near names."""
+        return self.presets[_known(preset or self.default_preset, list(self.presets), f"preset of {self.name}")]
+
+    def module(self, preset: str = "", seed: int = 0) -> nn.Module:
+        """A new network, the same weights for the same seed."""
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.build(self.configuration(preset))
+
+
+def names() -> list[str]:
+    """Every system, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def load(name: str) -> ZooSystem:
+    """The system called `name`. Raises `IsthmusError` that lists the near names."""
+    system = importlib.import_module(f"{__name__}.{_known(name, names(), 'zoo system')}").SYSTEM
+    if not isinstance(system, ZooSystem):
+        raise TypeError(f"zoo module {name}: SYSTEM is a {type(system).__name__}, expected ZooSystem")
+    return system
+
+
+def parse(reference: str) -> tuple[ZooSystem, str]:
+    """'zoo:NAME' or 'zoo:NAME@PRESET' as the system and the preset's name. Raises `IsthmusError` on an unknown one."""
+    name, at, preset = reference.removeprefix(PREFIX).partition("@")
+    if not reference.startswith(PREFIX) or not name or (at and not preset):
+        raise IsthmusError(f"{reference!r} is not a zoo model; write zoo:NAME or zoo:NAME@PRESET with NAME one of {', '.join(names())}")
+    system = load(name)
+    system.configuration(preset)
+    return system, preset or system.default_preset
+
+
+def _known(name: str, choices: list[str], what: str) -> str:
+    if name in choices:
+        return name
+    near = difflib.get_close_matches(name, choices, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(choices)}"
+    raise IsthmusError(f"unknown {what} {name!r}: {hint}")
