@@ -118,6 +118,8 @@ def _run(step: Step, folder: Path) -> StepResult:
             return StepResult(step.name, "skipped", step.tool, "", 0.0, f"{step.tool} is not here: {tool.fix}")
         raise IsthmusError(f"step {step.name} needs {step.tool}, which is not here: {tool.fix}")
     argv = [sys.executable if word == "{python}" else word for word in step.argv]
+    if argv[0] == step.tool and tool.path:
+        argv[0] = tool.path  # where find_tool found it, which need not be on PATH
     log = folder / "logs" / f"{step.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()

@@ -71,11 +71,10 @@ def table(bundle: Bundle) -> str:
         done = [step["detail"] for step in entry["steps"] if step["status"] == "done" and step["tool"] != "g++" and step["detail"]]
         planned = [step["name"] for step in entry["steps"] if step["status"] == "planned"]
         skipped = [step["detail"] for step in entry["steps"] if step["status"] == "skipped"]
-        remarks = [
-            *done[-1:],
-            *skipped,
-            *([f"left for {'the board' if entry['target'] != 'hls4ml' else 'the vendor tool'}: {', '.join(planned)}"] if planned else []),
-        ]
+        simulated = ["compared and judged in its C simulation"] if entry["engine"] == "csim" else []
+        place = "the vendor's tool" if entry["engine"] == "csim" else "the board"
+        left = [f"left for {place}: {', '.join(planned)}"] if planned else []
+        remarks = [*done[-1:], *simulated, *skipped, *left]
         if remarks:
             lines.append(f"{name}: {'; '.join(remarks)}")
     lines += [f"note: {note}" for note in bundle.manifest["notes"]]

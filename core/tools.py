@@ -48,7 +48,6 @@ _PYTHON = {
         "tensorrt_rtx", "tensorrt-rtx-cu13", "pip install 'isthmus[tensorrt-check]'", "compiles the Jetson graph ahead of time, as a check"
     ),
     "hls4ml": _PythonTool("hls4ml", "hls4ml", "pip install 'isthmus[fpga]'", "writes the HLS project"),
-    "qonnx": _PythonTool("qonnx", "qonnx", "pip install 'isthmus[fpga]'", "carries the quantisation into hls4ml"),
     "torch": _PythonTool("torch", "torch", "pip install 'isthmus[train]' -c constraints.txt", "trains and exports"),
     "brevitas": _PythonTool("brevitas", "brevitas", "pip install 'isthmus[train]' -c constraints.txt", "quantisation-aware training"),
     "tensorrt": _PythonTool("tensorrt", "tensorrt", "comes with JetPack on the board", "builds and runs the engine on a Jetson"),

@@ -48,7 +48,7 @@ class _Emitter(FormWriter):
                 self._island(node)
         for value in graph.outputs:
             name = str(value.name)
-            if name in self.int8:
+            if self._is_written_in_int8(value):
                 self.output(self.int8[name], name)
             else:
                 self.float_output(name)
@@ -68,8 +68,12 @@ class _Emitter(FormWriter):
     def _real(self, value: ir.Value) -> str:
         """The float value, dequantised where an int8 node wrote it."""
         name = str(value.name)
-        written_in_int8 = name in self.int8 and value.producer() is not None and not self._is_island(value.producer())  # type: ignore[arg-type]  # not None: just asked
-        return self.dequantise(self.int8[name]) if written_in_int8 else name
+        return self.dequantise(self.int8[name]) if self._is_written_in_int8(value) else name
+
+    def _is_written_in_int8(self, value: ir.Value) -> bool:
+        """False also for a float value that an int8 node reads quantised: its float side is the exact one."""
+        producer = value.producer()
+        return producer is not None and not self._is_island(producer)
 
     def _base(self, name: str) -> str:
         """A node name from which no name that must stay (a graph input, a float tensor) can be derived by a suffix."""
@@ -89,7 +93,7 @@ class _Emitter(FormWriter):
             else:
                 inputs.append(self._real(value))
         attributes = {name: _proto(value) for name, value in attributes_of(node).items()}
-        self.float_node(node.op_type, inputs, [str(value.name or "") for value in node.outputs], self._fresh(str(node.name)), **attributes)
+        self.float_node(node.op_type, inputs, [str(value.name or "") for value in node.outputs], str(node.name), **attributes)
 
     def _int8_node(self, node: ir.Node) -> None:
         name = str(node.name)

@@ -17,6 +17,11 @@ from isthmus.errors import Problem, ProblemsError
 from isthmus.export.draft import activations, fits_int8, follower, is_weighted, passes_scale
 
 
+# Behind a float island and in front of an int8 operator these are as exact in int8 and cheaper. A Relu is not among them: its input
+# has the wider range.
+MOVES_ONLY = ("MaxPool", "Flatten", "Reshape")
+
+
 @dataclass(frozen=True)
 class Placement:
     """`int8_nodes` by name; `fused` the Relu or Clip a node takes with it; `groups` maps each quantised value to its group's
@@ -63,6 +68,12 @@ def _int8_nodes(nodes: list[ir.Node]) -> dict[str, ir.Node]:
     for node in nodes:
         if fits_int8(node) and (is_weighted(node) or any(_carries_int8(value, chosen) for value in activations(node))):
             chosen[str(node.name)] = node
+    for node in reversed(nodes):
+        readers = list(node.outputs[0].consumers())
+        border = node.outputs[0].is_graph_output() or not readers
+        if node.op_type in MOVES_ONLY and not border and fits_int8(node) and all(str(reader.name) in chosen for reader in readers):
+            chosen[str(node.name)] = node
+    chosen = {str(node.name): node for node in nodes if str(node.name) in chosen}
     while lonely := [name for name, node in chosen.items() if _is_lonely(node, chosen)]:
         for name in lonely:
             del chosen[name]

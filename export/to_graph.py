@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from isthmus.errors import IsthmusError, Problem, ProblemsError
+from isthmus.export.accept import accept
 from isthmus.export.draft import Draft, Step, is_weighted
 from isthmus.export.emit import emit
 from isthmus.export.placement import Placement, place
@@ -53,6 +54,7 @@ def graph_from_qdq(model: onnx.ModelProto, recipe: Recipe | None = None, shapes:
     """
     if any(entry.key == RECIPE_KEY for entry in model.metadata_props):
         return QuantGraph.from_model(model)
+    accept(model)
     problems = type_problems(model)
     if problems:
         raise ProblemsError("the quantised model cannot be brought into int8 form", problems)

@@ -66,10 +66,10 @@ def quantise(module: nn.Module, example_inputs: Tensors, samples: Samples, recip
 
     `fit` trains the module it is given in place, by the recipe's epochs and learning rate. Raises `IsthmusError` where it is needed and missing.
     """
+    if recipe.qat_epochs and fit is None:
+        raise IsthmusError(f"recipe {recipe.name} asks for {recipe.qat_epochs} epochs of QAT, but the model has no training; use one with qat_epochs = 0")
     quantised = calibrate(prepare(module, example_inputs, recipe), samples, recipe)
-    if recipe.qat_epochs:
-        if fit is None:
-            raise IsthmusError(f"recipe {recipe.name} asks for {recipe.qat_epochs} epochs of QAT, but the model has no training; use one with qat_epochs = 0")
+    if recipe.qat_epochs and fit is not None:
         fit(quantised)
     return quantised.eval()
 

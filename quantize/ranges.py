@@ -86,9 +86,9 @@ class RangeCollector:
         return max(self.low, -128 * scale), min(self.high, 127 * scale)
 
     def _best_share(self, scheme: str) -> tuple[float, float]:
-        shares = np.linspace(1.0, NARROWEST_SHARE, 36)
-        best = min(shares, key=lambda share: self._error(*_grid(self.low * share, self.high * share, scheme)))
-        return float(self.low * best), float(self.high * best)
+        limits = np.linspace(1.0, NARROWEST_SHARE, 36) * max(-self.low, self.high)
+        ranges = [(max(self.low, -float(limit)), min(self.high, float(limit))) for limit in limits]
+        return min(ranges, key=lambda edges: self._error(*_grid(*edges, scheme)))
 
     def _error(self, scale: float, lowest: float) -> float:
         """Sum of squared errors of int8 with this scale; `lowest` is the real value of -128, 0.0 for zero point 0."""

@@ -17,6 +17,9 @@ from isthmus.errors import IsthmusError
 from isthmus.session import Arrays, Session
 from isthmus.spec import TensorSpec
 
+SIMULATOR = True  # its time is not the board's: nothing measures it
+RUNS_NATIVE_CODE = True  # a bundle asks for trust before it opens one
+
 FUNCTION = "model_float"
 # Relative to the library's folder: names the weight files. The generated code ends the whole process where one is missing, so that is looked at first.
 PARAMETERS = Path("..") / "project" / "firmware" / "parameters.h"

@@ -7,7 +7,7 @@ which hls4ml then reads as NHWC, and it renames the nodes that the layer configu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -73,9 +73,9 @@ class QonnxWriter:
         self.constant(name, np.ldexp(integers.astype(np.float64), -of.fraction))
         return self.quant(name, f"{name}_quant", of, integers.shape)
 
-    def layer(self, name: str, extra: Mapping[str, Any] | None = None, **precision: Fixed | str) -> None:
+    def layer(self, name: str, **precision: Fixed | str) -> None:
         """The types of layer `name`: each is given, none is left to a default."""
-        self.layers[name] = {"Precision": {key: str(value) for key, value in precision.items()}, "Trace": False, **(extra or {})}
+        self.layers[name] = {"Precision": {key: str(value) for key, value in precision.items()}, "Trace": False}
 
     def model(self, name: str) -> bytes:
         graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, self._constants, value_info=self._shapes)

@@ -16,7 +16,7 @@ from isthmus.graph import QuantGraph
 from isthmus.profile import load_profile
 
 MODELS = sorted((Path(__file__).parents[1] / "models").glob("*.onnx"))
-TOOLS = {"cpu": ("onnxruntime",), "rpi5": ("litert",), "jetson-orin-nano": ("tensorrt_rtx",), "pynq-z2": ("hls4ml", "qonnx", "g++"), "null": ()}
+TOOLS = {"cpu": ("onnxruntime",), "rpi5": ("litert",), "jetson-orin-nano": ("tensorrt_rtx",), "pynq-z2": ("hls4ml", "g++"), "null": ()}
 SAMPLES = 64
 
 # What a target refuses, and by which rule. A model that is missing here must become an artifact.

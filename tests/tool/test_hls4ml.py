@@ -244,7 +244,8 @@ def test_two_simulations_live_in_one_process(classifier: Built, tools: None, tmp
         second.run_raw({"x": x})
 
 
-def test_a_library_built_anew_at_the_same_path_is_the_one_that_runs(classifier: Built) -> None:
+def test_a_closed_session_unloads_its_library(classifier: Built) -> None:
+    """Otherwise a library built anew at the same path would never be the one that runs."""
     maps = Path("/proc/self/maps")
     with _open(classifier) as session:
         assert session.engine == "csim"

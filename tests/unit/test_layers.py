@@ -34,7 +34,7 @@ OWN = {
     "core/zoo_source": {"torch"},
     "targets/tflite": {"ai_edge_litert", "flatbuffers"},
     "targets/jetson": {"tensorrt_rtx", "tensorrt"},
-    "targets/hls4ml": {"hls4ml", "qonnx"},
+    "targets/hls4ml": {"hls4ml"},
     "runtimes/onnxruntime": {"onnxruntime"},
     "runtimes/tflite": {"ai_edge_litert", "tflite_runtime"},  # two names of one engine
     "runtimes/tensorrt": {"tensorrt"},
