@@ -126,7 +126,7 @@ def _run(step: Step, folder: Path) -> StepResult:
     code = _process(argv, folder, log, step)
     seconds = time.perf_counter() - started
     if code != 0:
-        raise IsthmusError(f"step {step.name} ({argv[0]}) ended with code {code}:\n{tail(log)}")
+        raise IsthmusError(f"step {step.name} ({step.tool}) ended with code {code}:\n{tail(log)}")
     missing = [name for name in step.outputs if not (folder / name).exists()]
     if missing:
         raise IsthmusError(f"step {step.name} ended well but did not make {missing[0]}:\n{tail(log)}")
