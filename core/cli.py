@@ -299,9 +299,20 @@ def zoo_list(as_json: Json = False) -> None:
 
     loaded = [systems.load(name) for name in systems.names()]
     if as_json:
-        _print_json([{"name": s.name, "summary": s.summary, "paper": s.paper, "presets": list(s.presets)} for s in loaded])
+        _print_json(
+            [
+                {"name": s.name, "summary": s.summary, "paper": s.paper, "presets": list(s.presets), "architecture_only": not isinstance(s, systems.ZooSystem)}
+                for s in loaded
+            ]
+        )
     else:
-        print(grid(["name", "presets", "what it is"], [[s.name, ", ".join(s.presets), s.summary] for s in loaded]))
+        here = {True: "network, data, training", False: "architecture only"}
+        print(
+            grid(
+                ["name", "what is here", "presets", "what it is"],
+                [[s.name, here[isinstance(s, systems.ZooSystem)], _some(list(s.presets)), s.summary] for s in loaded],
+            )
+        )
 
 
 # ---- words into values
@@ -323,6 +334,11 @@ def _shapes(words: list[str]) -> dict[str, tuple[int, ...]]:
         if any(extent < 1 for extent in shapes[name]):
             raise IsthmusError(f"--shape {word!r}: every dimension is at least 1")
     return shapes
+
+
+def _some(words: list[str], most: int = 4) -> str:
+    """A long list's beginning and how many follow; --json has them all."""
+    return ", ".join(words) if len(words) <= most else f"{', '.join(words[: most - 1])} and {len(words) - most + 1} more"
 
 
 def _shown(path: Path) -> str:

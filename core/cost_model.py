@@ -32,7 +32,10 @@ def cost_of(model: str, shapes: Mapping[str, tuple[int, ...]], convention: str) 
         if all(entry.key != RECIPE_KEY for entry in loaded.metadata_props):
             return cost_of_onnx(loaded)  # as it is: batch normalisation counts where the file has it
     source = load_source(model, None, shapes, load_recipe("portable"), lambda text, share: None)
-    return cost_of_graph(source.graph) if source.graph is not None else cost_of_onnx(source.float_model or source.quantised)  # type: ignore[arg-type]  # one of the three is there
+    if source.graph is not None:
+        return cost_of_graph(source.graph)
+    assert source.float_model is not None
+    return cost_of_onnx(source.float_model)
 
 
 def cost_table(cost: Cost, convention: str, layers: bool) -> str:

@@ -214,7 +214,7 @@ def _datasets(source: Source, data: Any, preprocess: Preprocess | None) -> tuple
 def _input_shapes(source: Source) -> dict[str, tuple[int, ...]]:
     if source.graph is not None:
         return {spec.name: spec.shape for spec in source.graph.inputs}
-    model = source.float_model or source.quantised
+    model = source.float_model
     assert model is not None
     constants = {tensor.name for tensor in model.graph.initializer}
     return {value.name: tuple(extent.dim_value for extent in value.type.tensor_type.shape.dim) for value in model.graph.input if value.name not in constants}
@@ -224,11 +224,8 @@ def _quantised(source: Source, calibration: Dataset | None, recipe: Recipe, say:
     """The form, by the road the source asks for; and sentences worth keeping."""
     if source.graph is not None:
         return source.graph, []
-    from isthmus.export.to_graph import graph_from_qdq, graph_from_ranges
+    from isthmus.export.to_graph import graph_from_ranges
 
-    if source.quantised is not None:
-        say("bringing the int8 graph into the form", None)
-        return graph_from_qdq(source.quantised, recipe if source.float_model is not None else None), []
     assert source.float_model is not None
     if calibration is None:
         raise IsthmusError(f"{source.name}: a float model needs calibration data: --data FILE.npz, FILE.npy or a folder of images")

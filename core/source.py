@@ -27,15 +27,13 @@ Say = Callable[[str, float | None], None]
 
 @dataclass(frozen=True)
 class Source:
-    """A model as brought: exactly one of `graph` (already in the form), `quantised` (QDQ of some other writer) or `float_model` decides
-    the road; a zoo system brings its float model with an already quantised one, its data and its seed.
+    """A model as brought: `graph` where it is int8 already, else `float_model`; a network that was trained here with its rounding brings both.
 
     `calibration` and `evaluation` are data that came with the model (a zoo system's own splits), None for a user's file.
     """
 
     name: str
     float_model: onnx.ModelProto | None = None
-    quantised: onnx.ModelProto | None = None
     graph: QuantGraph | None = None
     calibration: Dataset | None = None
     evaluation: Dataset | None = None
@@ -74,11 +72,19 @@ def load_source(model: Any, example_inputs: Any, shapes: Mapping[str, tuple[int,
 def _from_onnx(model: onnx.ModelProto, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Source:
     if any(entry.key == RECIPE_KEY for entry in model.metadata_props):
         return Source(name, graph=QuantGraph.from_model(model))
-    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node):
-        return Source(name, quantised=model)
+    from isthmus.export.accept import has_quantisers
+
+    if has_quantisers(model):
+        from isthmus.export.to_graph import graph_from_qdq
+
+        return Source(name, graph=graph_from_qdq(model, None, shapes))
+    from isthmus.export.check import check_equal
     from isthmus.export.prepare import prepare_float
 
-    return Source(name, float_model=prepare_float(model, shapes))
+    notes: list[str] = []
+    prepared = prepare_float(model, shapes, notes)
+    check_equal(model, prepared)
+    return Source(name, float_model=prepared, notes=tuple(notes))
 
 
 def _from_module(module: torch.nn.Module, example_inputs: Any, name: str, shapes: Mapping[str, tuple[int, ...]], say: Say) -> Source:

@@ -16,8 +16,9 @@ from isthmus.source import Say, Source
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from isthmus.graph import QuantGraph
     from isthmus.train.loop import TrainResult
-    from isthmus.train.zoo import ZooSystem
+    from isthmus.train.zoo import Architecture, ZooSystem
 
 INPUT, OUTPUT = "input", "output"  # the names export gives
 SPLIT_SEED = 0
@@ -32,7 +33,8 @@ def zoo_source(reference: str, recipe: Recipe, say: Say) -> Source:
     from isthmus.train import zoo
     from isthmus.train.loop import fit
 
-    system, preset = zoo.parse(reference)
+    architecture, preset = zoo.parse(reference)
+    system = zoo.trainable(architecture)
     split = system.data(SPLIT_SEED)
     module = system.module(preset, recipe.seed)
     trained = fit(module, split, replace(system.train, seed=recipe.seed), _progress("training", say))
@@ -41,14 +43,14 @@ def zoo_source(reference: str, recipe: Recipe, say: Say) -> Source:
         f" split seed {SPLIT_SEED}, training seed {recipe.seed}",
         _told("float training", trained),
     ]
-    quantised = None
+    graph = None
     if recipe.qat_epochs:
-        quantised, note = _qat(system, preset, module, recipe, say)
+        graph, note = _qat(system, preset, module, recipe, say)
         notes.append(note)
     return Source(
         f"{system.name}@{preset}",
         float_model=prepare_float(_float_onnx(module, _example(system, preset)), {}),
-        quantised=quantised,
+        graph=graph,
         calibration=Dataset({INPUT: split.x_train}, split.y_train, f"{system.name}: training part"),
         evaluation=Dataset({INPUT: split.x_test}, split.y_test, f"{system.name}: test part"),
         notes=tuple(notes),
@@ -56,14 +58,16 @@ def zoo_source(reference: str, recipe: Recipe, say: Say) -> Source:
 
 
 def untrained_onnx(reference: str) -> onnx.ModelProto:
-    """The float network of a zoo system with random weights: enough for its cost."""
+    """The float network of a zoo system with random weights and every layer as its module has it: enough for its cost."""
+    from isthmus.export.module import onnx_from_module
     from isthmus.train import zoo
 
     system, preset = zoo.parse(reference)
-    return _float_onnx(system.module(preset), _example(system, preset))
+    return onnx_from_module(system.module(preset), (_example(system, preset),), as_written=True)
 
 
-def _qat(system: ZooSystem, preset: str, module: nn.Module, recipe: Recipe, say: Say) -> tuple[onnx.ModelProto, str]:
+def _qat(system: ZooSystem, preset: str, module: nn.Module, recipe: Recipe, say: Say) -> tuple[QuantGraph, str]:
+    from isthmus.export.to_graph import graph_from_qdq
     from isthmus.quantize import qat
     from isthmus.train.loop import fit
 
@@ -73,7 +77,7 @@ def _qat(system: ZooSystem, preset: str, module: nn.Module, recipe: Recipe, say:
     example = _example(system, preset)
     progress = _progress("quantisation-aware training", say)
     quantised = qat.quantise(module, example, split.x_train, recipe, lambda inner: results.append(fit(inner, split, config, progress)))
-    return qat.to_qcdq(quantised, example, [INPUT], [OUTPUT]), _told("quantisation-aware training", results[0])
+    return graph_from_qdq(qat.to_qcdq(quantised, example, [INPUT], [OUTPUT]), recipe), _told("quantisation-aware training", results[0])
 
 
 def _told(stage: str, result: TrainResult) -> str:
@@ -81,7 +85,7 @@ def _told(stage: str, result: TrainResult) -> str:
     return f"{stage}: {len(result.epochs) - 1} epochs in {result.seconds:.1f} s, best epoch {best.number} by validation accuracy {best.validation_accuracy:.4f}"
 
 
-def _example(system: ZooSystem, preset: str) -> Tensor:
+def _example(system: Architecture, preset: str) -> Tensor:
     import torch
 
     return torch.zeros(system.input_shape(system.configuration(preset)))

@@ -79,6 +79,12 @@ def node_label(node: onnx.NodeProto) -> str:
     return node.name or f"{node.op_type} (writes {node.output[0] if node.output else 'nothing'})"
 
 
+def type_name(kind: int) -> str:
+    """ "float16" for TensorProto.FLOAT16; the number where a damaged file holds one that is no type."""
+    names = {number: name.lower() for name, number in TensorProto.DataType.items()}
+    return names.get(kind, str(kind))
+
+
 def _operator_problems(model: onnx.ModelProto) -> Iterator[Problem]:
     own = {(function.domain, function.name) for function in model.functions}
     for node in model.graph.node:
@@ -102,7 +108,7 @@ def _border_problems(model: onnx.ModelProto) -> Iterator[Problem]:
             kind = value.type.tensor_type.elem_type if value.type.HasField("tensor_type") else None
             if value.name in constants or kind == TensorProto.FLOAT:
                 continue
-            found = f"{side} is {'no tensor' if not kind else 'of type ' + TensorProto.DataType.Name(kind).lower()}"
+            found = f"{side} is {'of type ' + type_name(kind) if kind else 'no tensor'}"
             fix = "convert the model to float32" if kind in FLOATS else "cut the model so that it takes and gives float32 tensors"
             yield Problem(value.name, "border-dtype", found, fix)
     if not any(value.name not in constants for value in model.graph.input):
@@ -112,17 +118,19 @@ def _border_problems(model: onnx.ModelProto) -> Iterator[Problem]:
 def _constant_problems(model: onnx.ModelProto) -> Iterator[Problem]:
     tensors = [(tensor.name, tensor) for tensor in model.graph.initializer]
     for node in model.graph.node:
-        if node.op_type == "Constant":
-            tensors += [(node.output[0], attribute.t) for attribute in node.attribute if attribute.type == AttributeProto.TENSOR]
+        tensors += [(node_label(node), attribute.t) for attribute in node.attribute if attribute.type == AttributeProto.TENSOR]
+    if model.graph.sparse_initializer:
+        yield Problem(model.graph.sparse_initializer[0].values.name, "constant", "is a sparse initialiser", "export with dense weights")
     for name, tensor in tensors:
-        if tensor.data_type not in FLOATS:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            yield Problem(name, "constant", "is stored outside the file", "save the model in one file (onnx.save with save_as_external_data=False)")
             continue
         try:
             array = numpy_helper.to_array(tensor)
         except Exception as error:  # noqa: BLE001 - numpy_helper raises ValueError, TypeError or IndexError on damaged data
             yield Problem(name, "constant", f"its data cannot be read ({first_line(error)})", "export the model again")
             continue
-        bad = int(np.isnan(array).sum())
+        bad = int(np.isnan(array).sum()) if tensor.data_type in FLOATS else 0
         if bad:
             yield Problem(name, "finite-weights", f"{bad} of {array.size} values are NaN", "train or export the model again: a NaN weight spoils every output")
 

@@ -50,11 +50,11 @@ class Draft:
 
 
 def is_weighted(node: ir.Node) -> bool:
-    return node.op_type in OPS and OPS[node.op_type].weight_axis is not None
+    return node.op_type in _FITS and OPS[node.op_type].weight_axis is not None
 
 
 def passes_scale(node: ir.Node) -> bool:
-    return node.op_type in OPS and OPS[node.op_type].passes_scale
+    return node.op_type in _FITS and OPS[node.op_type].passes_scale
 
 
 def activations(node: ir.Node) -> list[ir.Value]:
@@ -82,7 +82,7 @@ def bounds(node: ir.Node) -> tuple[float, float] | None:
 
 def follower(node: ir.Node) -> ir.Node | None:
     """The Relu or Clip that belongs to a node that fuses one: its only reader."""
-    if node.op_type not in OPS or not OPS[node.op_type].fuses:
+    if node.op_type not in _FITS or not OPS[node.op_type].fuses:
         return None
     reader = only_reader(node.outputs[0])
     return reader if reader is not None and reader.inputs[0] is node.outputs[0] and bounds(reader) is not None else None
@@ -92,7 +92,7 @@ def fits_int8(node: ir.Node) -> bool:
     """Whether the int8 form has this operator with these attributes, shapes and constants."""
     if node.op_type == REQUANTISE:
         return True
-    if node.op_type not in OPS or node.domain not in ("", "ai.onnx") or len([value for value in node.outputs if value.uses() or value.is_graph_output()]) > 1:
+    if node.op_type not in _FITS or node.domain not in ("", "ai.onnx") or len([value for value in node.outputs if value.uses() or value.is_graph_output()]) > 1:
         return False
     values = activations(node)
     shapes = [static_shape(value) for value in (*values, node.outputs[0])]
@@ -150,6 +150,7 @@ def _concat(node: ir.Node, given: Mapping[str, object], shape: tuple[int, ...]) 
     return _no_constants(node, given, shape) and isinstance(axis, int) and len(shape) > 1 and axis % len(shape) != 0
 
 
+# Every int8 operator that `emit` writes. Of one that is in the form's table and not yet here, the float node is kept as an island.
 _FITS = {
     "Conv": _conv,
     "Gemm": _gemm,

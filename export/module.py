@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
 from isthmus.errors import IsthmusError
 from isthmus.export.pt2 import load_pt2
@@ -21,11 +22,12 @@ from isthmus.graph import OPSET
 Inputs = torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray]
 
 
-def onnx_from_module(module: torch.nn.Module, example_inputs: Inputs) -> onnx.ModelProto:
+def onnx_from_module(module: torch.nn.Module, example_inputs: Inputs, *, as_written: bool = False) -> onnx.ModelProto:
     """The module in evaluation mode as ONNX, with the shapes of the example (its batch too). The module is left as it was.
 
     `example_inputs` is one tensor (or array), or one for each argument of forward(). Inputs and outputs are named "input" and "output",
-    or "input_0", "input_1", ... where there are several. Raises `IsthmusError` saying which construct cannot be exported.
+    or "input_0", "input_1", ... where there are several. `as_written` keeps the module's own layers, for counting: the exporter otherwise
+    folds batch normalisation and keeps one copy of equal weights. Raises `IsthmusError` saying which construct cannot be exported.
     """
     examples = _examples(example_inputs)
     modes = {part: part.training for part in module.modules()}
@@ -37,7 +39,7 @@ def onnx_from_module(module: torch.nn.Module, example_inputs: Inputs) -> onnx.Mo
             except Exception as error:
                 fix = "forward() must be traceable (no branches on tensor values)"
                 raise IsthmusError(f"{type(module).__name__} cannot be exported: {_reason(error)}; {fix}") from error
-            return _onnx(program, type(module).__name__)
+            return _onnx(program, type(module).__name__, as_written)
     finally:
         for part, mode in modes.items():
             part.training = mode
@@ -56,17 +58,38 @@ def _examples(given: Inputs) -> tuple[torch.Tensor, ...]:
     return tuple(part if isinstance(part, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
 
 
-def _onnx(program: torch.export.ExportedProgram, subject: str) -> onnx.ModelProto:
+def _onnx(program: torch.export.ExportedProgram, subject: str, as_written: bool = False) -> onnx.ModelProto:
     inputs = _names("input", len(program.graph_signature.user_inputs))
     outputs = _names("output", len(program.graph_signature.user_outputs))
     try:
-        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs, verbose=False)
+        exported = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs, verbose=False, optimize=not as_written
+        )
     except Exception as error:
         raise IsthmusError(f"{subject} cannot be exported to ONNX: {_reason(error)}; replace this operator, or export it to ONNX yourself") from error
     if exported is None:
         raise IsthmusError(f"{subject} cannot be exported to ONNX: torch.onnx.export gave no program")
+    if as_written:
+        _settle(exported.model)
     model: onnx.ModelProto = exported.model_proto
     return model
+
+
+def _settle(model: Any) -> None:
+    """What a graph nobody optimised still needs: shape arithmetic as constants, no bias that the module has not. Float constants stay apart.
+
+    The exporter (torch 2.13) gives a convolution without a bias one of zeros, expanded in the graph: a module's own bias no node makes.
+    """
+    for node in model.graph:
+        if node.op_type in ("Conv", "ConvTranspose") and len(node.inputs) > 2 and node.inputs[2] is not None and node.inputs[2].producer() is not None:
+            node.resize_inputs(2)
+    remove_unused_nodes(model)
+    fold_constants(model, onnx_shape_inference=True, should_fold=lambda node: False if any(_is_float(value) for value in node.outputs) else None)
+    remove_unused_nodes(model)
+
+
+def _is_float(value: Any) -> bool:
+    return value.dtype is not None and bool(value.dtype.is_floating_point())
 
 
 def _names(stem: str, count: int) -> list[str]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the quantisers of a float graph go: which nodes are int8, which values that quantises, and which of them share one scale.
 
-Layers with weights are always int8 where the form has them. Operators without weights follow their surroundings: between float
-islands they stay float, as quantising there would only lose accuracy. Values joined by an operator that keeps the scale
+Layers with weights are always int8 where the form has them. Operators without weights follow their neighbours: between float islands
+they stay float, as quantising there would only lose accuracy. Values joined by an operator that keeps the scale
 (MaxPool, Reshape, Concat, ...) form a group with one scale.
 """
 
@@ -14,12 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from isthmus.errors import Problem, ProblemsError
-from isthmus.export.draft import activations, fits_int8, follower, is_weighted, passes_scale
-
-
-# Behind a float island and in front of an int8 operator these are as exact in int8 and cheaper. A Relu is not among them: its input
-# has the wider range.
-MOVES_ONLY = ("MaxPool", "Flatten", "Reshape")
+from isthmus.export.draft import activations, bounds, fits_int8, follower, is_weighted, passes_scale
 
 
 @dataclass(frozen=True)
@@ -63,22 +58,25 @@ def value_name(value: ir.Value) -> str:
 
 
 def _int8_nodes(nodes: list[ir.Node]) -> dict[str, ir.Node]:
-    """By name, in order. First whatever may be int8, then without what no int8 neighbour carries, then without fused followers."""
-    chosen: dict[str, ir.Node] = {}
-    for node in nodes:
-        if fits_int8(node) and (is_weighted(node) or any(_carries_int8(value, chosen) for value in activations(node))):
-            chosen[str(node.name)] = node
-    for node in reversed(nodes):
-        readers = list(node.outputs[0].consumers())
-        border = node.outputs[0].is_graph_output() or not readers
-        if node.op_type in MOVES_ONLY and not border and fits_int8(node) and all(str(reader.name) in chosen for reader in readers):
-            chosen[str(node.name)] = node
-    chosen = {str(node.name): node for node in nodes if str(node.name) in chosen}
+    """By name, in order: layers with weights, what is joined to them in either direction, without fused followers."""
+    able = [node for node in nodes if fits_int8(node)]
+    chosen = {str(node.name): node for node in able if is_weighted(node)}
+    while True:
+        before = len(chosen)
+        for node in able:
+            if any(_carries_int8(value, chosen) for value in activations(node)):
+                chosen[str(node.name)] = node
+        for node in reversed(able):
+            # Not backwards over a Relu or Clip behind an island: what it reads has the wider range, a quantiser behind it loses less.
+            if bounds(node) is None and any(str(reader.name) in chosen for reader in node.outputs[0].consumers()):
+                chosen[str(node.name)] = node
+        if len(chosen) == before:
+            break
     while lonely := [name for name, node in chosen.items() if _is_lonely(node, chosen)]:
         for name in lonely:
             del chosen[name]
     absorbed = {str(reader.name) for node in chosen.values() if (reader := follower(node)) is not None}
-    return {name: node for name, node in chosen.items() if name not in absorbed}
+    return {str(node.name): node for node in nodes if str(node.name) in chosen and str(node.name) not in absorbed}
 
 
 def _carries_int8(value: ir.Value, chosen: Mapping[str, ir.Node]) -> bool:

@@ -24,6 +24,7 @@ def draft_from_unquantised(found: Unquantised) -> Draft:
     """Raises `ProblemsError` naming each layer that has int8 weights but is not int8 on both sides."""
     _linear_normal_form(found)
     _push_up(found)
+    _merge_equal(found)
     placer = _Placer(found)
     placer.run()
     if placer.problems:
@@ -90,6 +91,18 @@ def _push_up(found: Unquantised) -> None:
             node.replace_input_with(position, result)
         _absorb(graph, reader, node.outputs[0])
         found.steps[str(node.outputs[0].name)] = step
+
+
+def _merge_equal(found: Unquantised) -> None:
+    """One REQUANTISE node for all that do the same to the same value (two pools behind one layer)."""
+    graph = found.model.graph
+    first: dict[tuple[int, Step], ir.Value] = {}
+    for node in [node for node in graph if node.op_type == REQUANTISE]:
+        step, result = found.steps[str(node.outputs[0].name)], node.outputs[0]
+        kept = first.setdefault((id(node.inputs[0]), step), result)
+        if kept is not result and not (kept.is_graph_output() and result.is_graph_output()):
+            _absorb(graph, node, kept)
+            found.steps[str(kept.name)] = step
 
 
 def _int8_values(graph: ir.Graph) -> Iterable[ir.Value]:

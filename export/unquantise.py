@@ -20,7 +20,7 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 
 from isthmus.errors import Problem, ProblemsError
-from isthmus.export.accept import node_label
+from isthmus.export.accept import node_label, type_name
 from isthmus.export.draft import REQUANTISE, Step, bounds
 from isthmus.export.rewrites._edit import add_constant, attributes_of, constant, input_at, new_node, only_reader, replace
 from isthmus.export.shapes import infer_shapes, require_static
@@ -78,12 +78,12 @@ def type_problems(model: onnx.ModelProto) -> list[Problem]:
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant":
-            types |= {node.output[0]: attribute.t.data_type for attribute in node.attribute if attribute.name == "value"}
+            types.update((node.output[0], attribute.t.data_type) for attribute in node.attribute if attribute.name == "value")
     problems = []
     for node in model.graph.node:
         zero = types.get(node.input[2]) if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2 else None
         if zero is not None and zero not in (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32):
-            found = f"quantises to {TensorProto.DataType.Name(zero).lower()}"
+            found = f"quantises to {type_name(zero)}"
             problems.append(Problem(node_label(node), "quantiser-dtype", found, "quantise activations and weights to 8 bits"))
     return problems
 

@@ -20,9 +20,7 @@ Progress = Callable[[int, int], None]
 SMALLEST_RANGE = 2.0**-40
 
 
-def calibrate(
-    model: onnx.ModelProto, data: Arrays, recipe: Recipe, tensors: Collection[str] | None = None, progress: Progress | None = None
-) -> Calibration:
+def calibrate(model: onnx.ModelProto, data: Arrays, recipe: Recipe, tensors: Collection[str] | None = None, progress: Progress | None = None) -> Calibration:
     """The range of every tensor in `tensors` (all float activations where None), with `warnings`, on at most `recipe.calibration_samples` samples.
 
     `data` holds by input name an array (N, ...) of samples without or with the model's own batch axis in front; which samples are used

@@ -17,7 +17,7 @@ from isthmus.recipe import Recipe
 
 BINS = 2048
 VALUES_PER_RUN = 2**16  # of one tensor: more would not move a percentile, and counting them costs more than the model itself
-NARROWEST_SHARE = 0.3  # of the full range: the "mse" observer looks no lower, clipping more has never paid
+NARROWEST_SHARE = 0.3  # of the full range: the "mse" observer looks no lower
 POWERS_TRIED = 4
 
 
@@ -88,7 +88,7 @@ class RangeCollector:
     def _best_share(self, scheme: str) -> tuple[float, float]:
         limits = np.linspace(1.0, NARROWEST_SHARE, 36) * max(-self.low, self.high)
         ranges = [(max(self.low, -float(limit)), min(self.high, float(limit))) for limit in limits]
-        return min(ranges, key=lambda edges: self._error(*_grid(*edges, scheme)))
+        return min(ranges, key=lambda edges: self._error(*_grid(edges[0], edges[1], scheme)))
 
     def _error(self, scale: float, lowest: float) -> float:
         """Sum of squared errors of int8 with this scale; `lowest` is the real value of -128, 0.0 for zero point 0."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from isthmus.export.rewrites._edit import NodeRewrite
+from isthmus.export.rewrites.affine_into_layer import AffineIntoLayer
 from isthmus.export.rewrites.batch_norm_to_conv import BatchNormToConv
 from isthmus.export.rewrites.explicit_attributes import ExplicitAttributes
 from isthmus.export.rewrites.linear_as_gemm import GemmNormalForm, MatMulAddToGemm
@@ -15,6 +16,7 @@ EXACT_REWRITES: tuple[type[NodeRewrite], ...] = (
     ExplicitAttributes,
     MatMulAddToGemm,
     GemmNormalForm,
+    AffineIntoLayer,
     ReductionsToPools,
     BatchNormToConv,
     StaticReshape,

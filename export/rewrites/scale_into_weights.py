@@ -9,17 +9,17 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from isthmus.export.rewrites._edit import NodeRewrite, add_constant, attributes_of, constant, input_at, new_node, replace, static_shape
+from isthmus.export.rewrites._edit import NodeRewrite, add_constant, affine, attributes_of, constant, input_at, new_node, replace, static_shape
 
 LINEAR = ("Conv", "Gemm", "MatMul")
 
 
 class ScaleIntoWeights(NodeRewrite):
     def rewrite(self, graph: ir.Graph, node: ir.Node) -> bool:
-        affine = _affine(node)
-        if affine is None:
+        found = affine(node)
+        if found is None:
             return False
-        source, factor, shift = affine
+        source, factor, shift = found
         result = node.outputs[0]
         readers = [use.node for use in result.uses()]
         if result.is_graph_output() or not readers or not all(_can_take(reader, result, shift is not None) for reader in readers):
@@ -28,38 +28,6 @@ class ScaleIntoWeights(NodeRewrite):
             _fold(graph, reader, source, factor, shift)
         graph.remove(node, safe=True)
         return True
-
-
-def _affine(node: ir.Node) -> tuple[ir.Value, np.ndarray, np.ndarray | None] | None:
-    """(x, factor [C], shift [C] or None) where the node computes x * factor + shift with constants along axis 1; else None."""
-    if node.op_type not in ("Mul", "Div", "Add", "Sub") or len(node.inputs) != 2:
-        return None
-    position = 1 if constant(node.inputs[1]) is not None else 0
-    held, source = constant(node.inputs[position]), node.inputs[1 - position]
-    shape = static_shape(source)
-    if held is None or source is None or constant(source) is not None or shape is None or len(shape) < 2 or static_shape(node.outputs[0]) != shape:
-        return None
-    values = _along_channels(held, shape)
-    if values is None or (position == 0 and node.op_type == "Div"):
-        return None
-    one = np.ones_like(values)
-    if node.op_type == "Mul":
-        return source, values, None
-    if node.op_type == "Div":
-        return (source, 1.0 / values, None) if values.all() else None
-    if node.op_type == "Add":
-        return source, one, values
-    return (source, one, -values) if position == 1 else (source, -one, values)
-
-
-def _along_channels(held: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """A constant that differs along axis 1 only, as float64 [C]; None where it differs elsewhere."""
-    if held.ndim > len(shape):
-        return None
-    extents = (1,) * (len(shape) - held.ndim) + held.shape
-    if any(extent != 1 for axis, extent in enumerate(extents) if axis != 1):
-        return None
-    return np.array(np.broadcast_to(held.astype(np.float64).reshape(-1), (shape[1],)))
 
 
 def _can_take(reader: ir.Node, value: ir.Value, shifts: bool) -> bool:

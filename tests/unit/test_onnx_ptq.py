@@ -22,7 +22,8 @@ from isthmus.export.check import check_equal
 from isthmus.export.prepare import prepare_float
 from isthmus.export.scales import power_of_two_above, quantise_weight, step_from_range
 from isthmus.export.to_graph import graph_from_qdq, graph_from_ranges, tensors_to_calibrate
-from isthmus.graph import QuantGraph, load_onnx
+from isthmus.graph import QuantGraph
+from isthmus.onnx_file import load_onnx
 from isthmus.quantize.onnx_ptq import calibrate
 from isthmus.quantize.ranges import RangeCollector
 from isthmus.recipe import SCHEMES, Recipe, load_recipe, recipe_names
@@ -323,7 +324,8 @@ def test_inputs_with_unequal_counts_are_refused() -> None:
         helper.make_model(
             helper.make_graph(
                 [helper.make_node("Add", ["a", "b"], ["y"])], "g",
-                [helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 3)) for name in "ab"], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+                [helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 3)) for name in "ab"],
+                [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
             ),
             opset_imports=[helper.make_opsetid("", 18)], ir_version=8,
         )

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The zoo: one module of this folder a system, each with `SYSTEM = ZooSystem(...)`. Listing names imports none of them."""
+"""The zoo: one module of this folder a paper, each with `SYSTEM`: a `ZooSystem`, or an `Architecture` where data and training are not here.
+
+Listing names imports none of them.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,12 @@ PREFIX = "zoo:"
 
 
 @dataclass(frozen=True)
-class ZooSystem:
-    """One network with its data and its training.
+class Architecture:
+    """One network: enough for its cost.
 
     - `presets`: the network's configuration by name; the first is the default.
     - `build(configuration)`: a new module with random weights (from torch's global generator).
     - `input_shape(configuration)`: what the module takes, batch 1 in front.
-    - `data(seed)`: the samples. `train`: how the float network is trained (a recipe sets epochs and learning rate of QAT).
     """
 
     name: str
@@ -37,8 +39,6 @@ class ZooSystem:
     presets: Mapping[str, Any]
     build: Callable[[Any], nn.Module]
     input_shape: Callable[[Any], tuple[int, ...]]
-    data: Callable[[int], Split]
-    train: TrainConfig
 
     @property
     def default_preset(self) -> str:
@@ -57,20 +57,31 @@ class ZooSystem:
             return self.build(self.configuration(preset))
 
 
+@dataclass(frozen=True)
+class ZooSystem(Architecture):
+    """A network with its data and its training: what `isthmus compile zoo:NAME` takes.
+
+    `data(seed)`: the samples. `train`: how the float network is trained (a recipe sets epochs and learning rate of QAT).
+    """
+
+    data: Callable[[int], Split]
+    train: TrainConfig
+
+
 def names() -> list[str]:
     """Every system, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def load(name: str) -> ZooSystem:
+def load(name: str) -> Architecture:
     """The system called `name`. Raises `IsthmusError` that lists the near names."""
     system = importlib.import_module(f"{__name__}.{_known(name, names(), 'zoo system')}").SYSTEM
-    if not isinstance(system, ZooSystem):
-        raise TypeError(f"zoo module {name}: SYSTEM is a {type(system).__name__}, expected ZooSystem")
+    if not isinstance(system, Architecture):
+        raise TypeError(f"zoo module {name}: SYSTEM is a {type(system).__name__}, expected ZooSystem or Architecture")
     return system
 
 
-def parse(reference: str) -> tuple[ZooSystem, str]:
+def parse(reference: str) -> tuple[Architecture, str]:
     """'zoo:NAME' or 'zoo:NAME@PRESET' as the system and the preset's name. Raises `IsthmusError` on an unknown one."""
     name, at, preset = reference.removeprefix(PREFIX).partition("@")
     if not reference.startswith(PREFIX) or not name or (at and not preset):
@@ -78,6 +89,17 @@ def parse(reference: str) -> tuple[ZooSystem, str]:
     system = load(name)
     system.configuration(preset)
     return system, preset or system.default_preset
+
+
+def trainable(system: Architecture) -> ZooSystem:
+    """The system as one that can be trained. Raises `IsthmusError` where the zoo holds its architecture alone."""
+    if isinstance(system, ZooSystem):
+        return system
+    ready = ", ".join(PREFIX + name for name in names() if isinstance(load(name), ZooSystem))
+    raise IsthmusError(
+        f"{PREFIX}{system.name} holds the architecture alone, without data and training, so it cannot be compiled;"
+        f" `isthmus cost {PREFIX}{system.name}` counts it, your own trained module compiles as package.module:factory (complete here: {ready})"
+    )
 
 
 def _known(name: str, choices: list[str], what: str) -> str:

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A constant factor or shift behind a Gemm or Conv goes into its weights and bias (ONNX Runtime does it for Conv and most of the time)."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from isthmus.export.rewrites._edit import NodeRewrite, add_constant, affine, attributes_of, constant, input_at, new_node, only_reader, replace
+from isthmus.export.rewrites.linear_as_gemm import NORMAL
+
+
+class AffineIntoLayer(NodeRewrite):
+    def rewrite(self, graph: ir.Graph, node: ir.Node) -> bool:
+        weight, bias = constant(input_at(node, 1)), constant(input_at(node, 2))
+        plain = node.op_type == "Conv" or (node.op_type == "Gemm" and attributes_of(node) == NORMAL)
+        reader = only_reader(node.outputs[0]) if plain and weight is not None else None
+        found = affine(reader) if reader is not None else None
+        if weight is None or reader is None or found is None or found[0] is not node.outputs[0] or (bias is None and input_at(node, 2) is not None):
+            return False
+        _, factor, shift = found
+        scaled = weight.astype(np.float64) * factor.reshape(-1, *[1] * (weight.ndim - 1))
+        moved = (0.0 if bias is None else bias.astype(np.float64) * factor) + (0.0 if shift is None else shift)
+        label = node.name or node.outputs[0].name
+        inputs = [node.inputs[0], add_constant(graph, f"{label}_weight", scaled.astype(np.float32))]
+        if bias is not None or shift is not None:
+            inputs.append(add_constant(graph, f"{label}_bias", np.asarray(moved, np.float32)))
+        replace(graph, [node, reader], [new_node(node.op_type, inputs, attributes_of(node), node.name)])
+        return True
