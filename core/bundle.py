@@ -89,7 +89,8 @@ class Bundle:
             raise IsthmusError(f"threads: expected at least 1, found {threads}")
         entry = self.artifact(profile)
         if not entry["runs_here"]:
-            raise IsthmusError(f"the artifact for {profile} needs the board: copy the bundle there and run 'python -m isthmus.runtimes' on it")
+            left = "; ".join(" ".join(step["argv"]) for step in entry.get("planned", ()))
+            raise IsthmusError(f"the artifact for {profile} needs the board{f': there, in artifacts/{profile}, run {left}' if left else ''}")
         name = entry["engine"]
         if not isinstance(name, str) or not name.isidentifier():
             raise IsthmusError(f"{self.root}: engine {name!r} is no engine's name")

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +19,8 @@ from typing import Any
 from isthmus.errors import IsthmusError
 from isthmus.spec import TensorSpec
 from isthmus.tools import Tool, find_tool
+
+FULL_BYTES = 2**18  # less free than this where a step failed: the disk is full
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ def _run(step: Step, folder: Path) -> StepResult:
     code = _process(argv, folder, log, step)
     seconds = time.perf_counter() - started
     if code != 0:
+        if shutil.disk_usage(folder).free < FULL_BYTES or os.strerror(errno.ENOSPC) in tail(log):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))  # the log says it in a tool's words, or was cut short by it
         raise IsthmusError(f"step {step.name} ({step.tool}) ended with code {code}:\n{tail(log)}")
     missing = [name for name in step.outputs if not (folder / name).exists()]
     if missing:

@@ -213,6 +213,36 @@ def test_full_disk(place: Path) -> None:
     _refused(Said(done.returncode, done.stdout, done.stderr), r"out: cannot be written: File too large; nothing half-written is left", place, GOOD)
 
 
+@pytest.mark.parametrize("size", ["40k", "120k", "400k"])
+def test_a_disk_that_really_fills(tmp_path: Path, size: str) -> None:
+    """A small file system of its own, where this user may mount one: it fills in our writing, in hls4ml's, or in g++'s."""
+    command = [
+        sys.executable,
+        "-B",
+        "-m",
+        "isthmus.cli",
+        "compile",
+        str(MODELS / "network.onnx"),
+        "-t",
+        "rpi5",
+        "-t",
+        "pynq-z2",
+        "-o",
+        str(tmp_path / "disk" / "out"),
+    ]
+    (tmp_path / "disk").mkdir()
+    mount = f'mount -t tmpfs -o size={size} none {tmp_path}/disk && "$@"; code=$?; ls -A {tmp_path}/disk; exit $code'
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", mount, "bash", *command], capture_output=True, text=True, check=False
+    )
+    if "unshare:" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()[:100]}")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "out: cannot be written: No space left on device; nothing half-written is left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_bundle_and_run_mistakes(isthmus: Isthmus, place: Path) -> None:
     assert isthmus("compile", place / "model.onnx", "--data", place / "data.npz", "-o", place / "out").code == 0
     names = (*GOOD, "out")

@@ -95,7 +95,8 @@ def test_an_exported_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "users_network.py").write_text(
-        "import torch\nfrom torch import nn\n\n\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 3)), torch.zeros(1, 3, 16, 16)\n"
+        "import torch\nfrom torch import nn\n\n\ndef make():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 3)), torch.zeros(1, 3, 16, 16)\n"
     )
     np.save(tmp_path / "data.npy", _samples())
     monkeypatch.chdir(tmp_path)
@@ -158,7 +159,8 @@ def test_images_from_a_folder_to_a_prediction(tmp_path: Path, monkeypatch: pytes
             Image.fromarray(generator.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / f"{index}.png")
     torch.onnx.export(network(), (torch.zeros(1, 3, 16, 16),), tmp_path / "net.onnx", dynamo=True, verbose=False)
     _command(
-        monkeypatch, "compile", tmp_path / "net.onnx", "--data", tmp_path / "images", "--preprocess", "scale=1/255,mean=0.5,std=0.5,resize=crop", "-t", "rpi5", "-o", tmp_path / "bundle"
+        monkeypatch, "compile", tmp_path / "net.onnx", "--data", tmp_path / "images",
+        "--preprocess", "scale=1/255,mean=0.5,std=0.5,resize=crop", "-t", "rpi5", "-o", tmp_path / "bundle",
     )  # fmt: skip
     assert Bundle.open(tmp_path / "bundle").manifest["task"]["samples"] == 8
     capsys.readouterr()
