@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Maps the root folders, one a stage, under the one import package `isthmus` (pyproject.toml cannot say that)."""
+
 from setuptools import find_packages, setup
 
 STAGES = ("train", "quantize", "export", "targets", "runtimes")
