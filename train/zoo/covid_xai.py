@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Xception over four feature channels of a chest X-ray, one logit: the network of the explainable COVID-19 screening.
+"""Xception over four feature channels of a chest X-ray, one logit: the network of "Explainable Deep Learning for Thoracic Radiographic Diagnosis".
 
 The paper says "Xception" with a first convolution of four channels and a head of one logit; the layers are the published network's.
 """
@@ -91,7 +91,7 @@ class Xception(nn.Module):
 SYSTEM = Architecture(
     name="covid_xai",
     summary="Xception for COVID-19 in chest X-rays, four feature channels",
-    paper="explainable 4-channel Xception for COVID-19 screening of chest X-rays",
+    paper="Nicholas-Omoregbe et al.: Explainable Deep Learning for Thoracic Radiographic Diagnosis: A COVID-19 Case Study",
     presets={
         "paper": Config(512),
         "native": Config(299),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The feature extractor of the exoplanet transit vetting with Conditional Flow Matching and XGBoost: VGG19 over a folded light curve.
+"""VGG19 over a folded light curve: the features of "Detection of Exoplanets in Transit Light Curves with Conditional Flow Matching and XGBoost".
 
 The paper names VGG19, a pool of 3 with stride 2, and 2,560 features; only these layers give them.
 """
@@ -59,7 +59,7 @@ def _groups(divisor: int) -> tuple[tuple[int, ...], ...]:
 SYSTEM = Architecture(
     name="exoplanet_vetting",
     summary="VGG19 in one dimension over 201 points of a folded light curve",
-    paper="Fiscale et al.: transit vetting of Kepler and TESS light curves with Conditional Flow Matching and XGBoost",
+    paper="Fiscale et al.: Detection of Exoplanets in Transit Light Curves with Conditional Flow Matching and XGBoost",
     presets={
         "vgg19": Config(_groups(1), norm=False, classes=0),
         "vgg19-trained": Config(_groups(1), norm=True, classes=3),

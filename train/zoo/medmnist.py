@@ -59,7 +59,7 @@ class MedMnistNet(nn.Module):
         return self.head(self.features(image).flatten(1))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Probabilities (N, classes): an ensemble is the mean of its members' (section 2.4)."""
+        """Probabilities (N, classes): an ensemble is the mean of its members'."""
         return self.logits(image).softmax(1)
 
 
@@ -83,7 +83,7 @@ def _family(dataset: str, letter: str) -> list[Config]:
 
 
 def _presets() -> Mapping[str, Config]:
-    """"organa-c2", the smallest, first; "path-a"; then by data set and family."""
+    """The smallest network comes first, as the default; then A, then by data set and family."""
     families = {(dataset, letter): _family(dataset, letter) for dataset in _CLASSES for letter in "bcd"}
     named = {f"{dataset}-{letter}{k}": config for (dataset, letter), configs in families.items() for k, config in enumerate(configs, 1)}
     adjei = Config(((32, 64, 128, 128, 64),), "every", (64, 64), _CLASSES["path"])

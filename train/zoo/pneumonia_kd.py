@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Student and teacher of "Ensemble-Based Knowledge Distillation for Identification of Childhood Pneumonia", sections 3 and 4, table 3."""
+"""Student and teacher of "Ensemble-Based Knowledge Distillation for Identification of Childhood Pneumonia" (counts: table 3)."""
 
 from __future__ import annotations
 

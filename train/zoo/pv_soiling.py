@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CNN of the hybrid random forest and MobileNetV3-Small ensemble for soiling of photovoltaic panels: two classes, clean and dusty."""
+"""MobileNetV3-Small for clean and dusty panels: the CNN of the "Hybrid Ensemble-Based Intelligent Decision Framework" for photovoltaic soiling."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ class MobileNetV3Small(nn.Module):
             channels = row.outputs
         self.features = nn.Sequential(*layers, *_conv(channels, config.features, 1), nn.Hardswish())
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(
-            nn.Linear(config.features, config.hidden), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(config.hidden, config.classes)
-        )
+        self.classifier = nn.Sequential(nn.Linear(config.features, config.hidden), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(config.hidden, config.classes))
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, 3, 224, 224), ImageNet-normalised, as logits (N, classes)."""
@@ -107,7 +105,7 @@ _SMALL = (
 SYSTEM = Architecture(
     name="pv_soiling",
     summary="MobileNetV3-Small for clean and dusty photovoltaic panels",
-    paper="Khan et al.: hybrid random forest and MobileNetV3-Small ensemble for photovoltaic soiling",
+    paper="Khan et al.: A Hybrid Ensemble-Based Intelligent Decision Framework for Risk-Aware Photovoltaic Panel Soiling Detection and Cleaning",
     presets={"small": Config(_SMALL), "small-1000": Config(_SMALL, classes=1000)},
     build=MobileNetV3Small,
     input_shape=lambda config: (1, 3, config.image_size, config.image_size),
