@@ -139,6 +139,22 @@ def _softmax(o: _Operator) -> Counts:
     return 0, 5 * math.prod(o.output), 5 * math.prod(o.output)
 
 
+def _resize(o: _Operator) -> Counts:
+    """Linear interpolation weighs 2 values along each resized axis; nearest copies."""
+    resized = sum(before != after for before, after in zip(o.inputs[0], o.output, strict=False))
+    return 0, math.prod(o.output) * 2**resized if o.attributes.get("mode") in ("linear", b"linear") else 0, 0
+
+
+def _grid_sample(o: _Operator) -> Counts:
+    """Four neighbours an output."""
+    return 0, 4 * math.prod(o.output), 0
+
+
+def _layer_normalisation(o: _Operator) -> Counts:
+    """Mean, variance, normalise, scale and shift: 8 an element, as much in both conventions that count it."""
+    return 0, 8 * math.prod(o.output), 8 * math.prod(o.output)
+
+
 def _activation(o: _Operator) -> Counts:
     return 0, math.prod(o.output), 0
 
@@ -157,7 +173,7 @@ VIEWS = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Dr
 # fmt: off
 ACTIVATIONS = frozenset({
     "Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "HardSigmoid", "HardSwish", "Gelu", "Mish", "Softplus", "Softsign",
-    "ThresholdedRelu", "Erf", "Exp", "Sqrt", "Abs",
+    "ThresholdedRelu", "Erf", "Exp", "Sqrt", "Abs", "Silu",
 })
 MOVES = frozenset({"Transpose", "Concat", "Split", "Slice", "Pad", "Gather", "Cast", "Expand", "Tile", "Shape", "DepthToSpace", "SpaceToDepth"})
 # fmt: on
@@ -168,6 +184,10 @@ _RULES: dict[str, Callable[[_Operator], Counts]] = {
     "ConvTranspose": _conv_transpose,
     "Gemm": _gemm,
     "MatMul": _gemm,
+    "BatchMatMul": _gemm,
+    **dict.fromkeys(("Resize", "ResizeNearest", "ResizeLinear"), _resize),
+    "GridSample": _grid_sample,
+    "LayerNormalization": _layer_normalisation,
     "BatchNormalization": _batch_normalisation,
     **dict.fromkeys(("MaxPool", "AveragePool", "LpPool"), _pool),
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ArgMax", "ArgMin"), _reduction),
@@ -206,7 +226,7 @@ def cost_of_graph(graph: QuantGraph) -> Cost:
                 2 * counts[0] + counts[1] + extra,
                 2 * counts[0] + counts[2],
                 sum(array.nbytes for array in constants),
-                _activation_bytes(graph, node.output),
+                sum(_activation_bytes(graph, name) for name in node.outputs),
             )
         )
     return _summed(rows, uncounted, _peak_of_graph(graph))

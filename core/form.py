@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,21 @@ import onnx
 import onnx_ir as ir
 
 from isthmus.errors import IsthmusError, Problem
+from isthmus.form_values import bounds_of, constant_of, given, is_power_of_two, label_of, name_of, short
 from isthmus.graph import IR_VERSION, OPSET, QuantGraph, QuantNode
-from isthmus.ops import OPS
+from isthmus.islands import Island
+from isthmus.kernels import conv_like_weight, product_limit
+from isthmus.op_attributes import Call, IllegalCallError, resolve
+from isthmus.ops import OPS, Op, row_name
 from isthmus.recipe import Recipe
 from isthmus.spec import FORM_LAYOUTS, TensorSpec
 
 RECIPE_KEY = "isthmus.recipe"
 ISLANDS_KEY = "isthmus.float_islands"
 ACCUMULATOR_LIMIT = 2**31 - 1
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+# Float operators whose work is too long for a trial at every reading; onnx's checker has seen their shapes.
+WINDOWED = frozenset({"Conv", "ConvTranspose", "AveragePool", "MaxPool", "LpPool", "DeformConv", "RoiAlign"})
 
 RULES: dict[str, str] = {
     "onnx-checker": "the file is a valid ONNX model with inferable shapes",
@@ -31,19 +39,19 @@ RULES: dict[str, str] = {
     "metadata": "the model carries its recipe and its list of float islands",
     "domain": "only operators of the default ONNX domain",
     "subgraph": "no control flow",
-    "static-shape": "every activation has a static shape",
+    "static-shape": "every activation has a static shape and at least one axis, the batch",
     "border-dtype": "graph inputs and outputs are float32",
     "quantiser-dtype": "QuantizeLinear and DequantizeLinear carry an explicit int8 zero point",
-    "quantiser-scale": "an activation's scale is one finite positive float32 constant",
+    "quantiser-scale": "an activation's scale is one finite positive float32 constant, and so are its largest values",
     "scheme": "zero points and scales fit the recipe's scheme",
     "dequantiser": "a DequantizeLinear uses the scale and zero point its tensor was quantised with",
     "weight": "weights are int8 constants behind a DequantizeLinear with zero point 0 and one scale a tensor or an output channel",
     "bias": "a bias is an int32 constant behind a DequantizeLinear with scale input x weight",
     "accumulator-overflow": "no sum of products can leave int32",
     "operand": "an int8 operator's activations are int8 tensors, its other inputs constants",
-    "attributes": "auto_pad is resolved, kernel_shape written, Gemm is transB=1 alpha=beta=1",
+    "attributes": "attributes and constant inputs are those the form lists for the operator, and nothing works along the batch",
     "passes-scale": "an operator that does no arithmetic keeps scale and zero point",
-    "float-island": "an operator that stays float is in the list, and the list holds nothing else",
+    "float-island": "an operator that stays float is in the list, onnx's reference can compute it, and the list holds nothing else",
 }
 
 
@@ -111,6 +119,21 @@ class _Constant:
         self.values, self.scale, self.axis, self.zero = values, scale, axis, zero
 
 
+@dataclass(frozen=True)
+class _Group:
+    """DequantizeLinear -> operator -> (Relu | Clip)? -> QuantizeLinear: the operator's row, and the nodes that belong to it beside the operator."""
+
+    row: Op
+    label: str
+    quantisers: tuple[ir.Node, ...]
+    activation: ir.Node | None = None
+    others: tuple[ir.Node, ...] = ()
+
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        return (*self.quantisers, *self.others, *([] if self.activation is None else [self.activation]))
+
+
 class _Reader:
     """One pass over the nodes in their order; fills `nodes`, `tensors`, `problems`."""
 
@@ -138,14 +161,33 @@ class _Reader:
         for value in self.model.graph.outputs:
             self._border(value)
             if value.producer() is None:
-                self._say(_name(value), "float-island", "an output that no node writes", "remove it")
+                self._say(name_of(value), "float-island", "an output that no node writes", "remove it")
         absent = [name for name in self.islands if name not in self.seen_islands]
         for name in absent:
             self._say(name, "float-island", "listed as a float island, but no such float node", "remove it from the list")
+        if not self.problems:
+            self._try_islands()
+
+    def _try_islands(self) -> None:
+        """Every short float island runs once, on zeros: the checker accepts more than onnx's reference can compute."""
+        for node in self.nodes:
+            if node.kind != "float":
+                continue
+            try:
+                island = Island(node)
+                if node.op in WINDOWED:
+                    continue
+                found = [value.shape for value in island.run([np.zeros(self.tensors[name].shape, self.tensors[name].dtype) for name in node.inputs])]
+            except IsthmusError as error:
+                self._say(node.name, "float-island", str(error), "replace the operator by one that onnx's reference evaluator has")
+                continue
+            expected = [self.tensors[name].shape for name in node.outputs]
+            if found != expected:
+                self._say(node.name, "float-island", f"gives shapes {found}, the graph says {expected}", "export the model again")
 
     def graph(self, model: ir.Model) -> QuantGraph:
         graph = QuantGraph(model, (), (), tuple(self.nodes), self.tensors, self.islands, self.recipe)
-        names = [[_name(value) for value in values] for values in (self.model.graph.inputs, self.model.graph.outputs)]
+        names = [[name_of(value) for value in values] for values in (self.model.graph.inputs, self.model.graph.outputs)]
         float_border = [tuple(self.tensors[name] for name in side) for side in names]
         graph = QuantGraph(model, float_border[0], float_border[1], graph.nodes, self.tensors, self.islands, self.recipe)
         inputs = tuple(_border_spec(self.tensors, graph.raw_input(i), spec) for i, spec in enumerate(graph.inputs))
@@ -157,7 +199,7 @@ class _Reader:
 
     def _border(self, value: ir.Value) -> None:
         if value.dtype != ir.DataType.FLOAT:
-            self._say(_name(value), "border-dtype", f"is {value.dtype}", "make it float32: the form quantises inside")
+            self._say(name_of(value), "border-dtype", f"is {value.dtype}", "make it float32: the form quantises inside")
 
     def _node(self, node: ir.Node) -> None:
         if node.op_type == "DequantizeLinear":
@@ -169,82 +211,83 @@ class _Reader:
 
     # ---- quantisers
     def _scale_and_zero(self, node: ir.Node) -> tuple[np.ndarray | None, np.ndarray | None]:
-        scale = _constant(node.inputs[1])
-        zero = _constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+        scale = constant_of(node.inputs[1])
+        zero = constant_of(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
         return scale, zero
 
     def _activation_quantiser(self, node: ir.Node) -> tuple[float, int] | None:
         """Scale and zero point of an activation's Q or DQ; None after saying what is wrong."""
-        label = _label(node)
+        label = label_of(node)
         scale, zero = self._scale_and_zero(node)
         if zero is None or zero.dtype != np.int8 or zero.size != 1:
             found = "no constant zero point" if zero is None else f"a zero point of {zero.dtype}{list(zero.shape)}"
             self._say(label, "quantiser-dtype", found, "give one int8 zero point: activations are int8, one scale a tensor")
             return None
-        if scale is None or scale.dtype != np.float32 or scale.size != 1 or not np.isfinite(scale).all() or float(scale.reshape(-1)[0]) <= 0:
-            self._say(label, "quantiser-scale", f"a scale of {_short(scale)}", "give one finite positive float32 constant")
+        if scale is None or scale.dtype != np.float32 or scale.size != 1 or not 0 < float(scale.reshape(-1)[0]) * 255 <= FLOAT32_MAX:
+            self._say(label, "quantiser-scale", f"a scale of {short(scale)}", "give one finite positive float32 constant")
             return None
         step, offset = float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0])
         if self.recipe.scheme != "asymmetric" and offset != 0:
             self._say(label, "scheme", f"zero point {offset} in scheme {self.recipe.scheme}", "use zero point 0, or the asymmetric scheme")
-        if self.recipe.scheme == "power_of_two" and not _power_of_two(step):
+        if self.recipe.scheme == "power_of_two" and not is_power_of_two(step):
             self._say(label, "scheme", f"scale {step!r} is not a power of two", "round it to 2^-n, or use another scheme")
         return step, offset
 
     def _int8_tensor(self, value: ir.Value, step: float, offset: int) -> None:
         shape = self._shape(value)
-        self.tensors[_name(value)] = TensorSpec(_name(value), shape, "int8", FORM_LAYOUTS.get(len(shape), ""), step, offset)
+        self.tensors[name_of(value)] = TensorSpec(name_of(value), shape, "int8", FORM_LAYOUTS.get(len(shape), ""), step, offset)
 
     def _float_tensor(self, value: ir.Value) -> None:
         shape = self._shape(value)
-        self.tensors[_name(value)] = TensorSpec(_name(value), shape, "float32", FORM_LAYOUTS.get(len(shape), ""))
+        dtype = value.dtype.numpy().name if value.dtype is not None else "float32"
+        self.tensors[name_of(value)] = TensorSpec(name_of(value), shape, dtype, FORM_LAYOUTS.get(len(shape), ""))
 
     def _shape(self, value: ir.Value) -> tuple[int, ...]:
         extents = [extent for extent in value.shape or () if isinstance(extent, int) and extent > 0]
-        if value.shape is None or len(extents) != len(value.shape):
-            self._say(_name(value), "static-shape", f"shape {value.shape}", "fix every dimension (--shape NAME=1,3,224,224)")
+        if value.shape is None or not extents or len(extents) != len(value.shape):
+            self._say(name_of(value), "static-shape", f"shape {value.shape}", "fix every dimension (--shape NAME=1,3,224,224), keep the batch axis")
             return ()
         return tuple(extents)
 
     def _dequantise(self, node: ir.Node) -> None:
         source, out = node.inputs[0], node.outputs[0]
         if source is None:
-            self._say(_label(node), "dequantiser", "no input", "connect it")
+            self._say(label_of(node), "dequantiser", "no input", "connect it")
             return
-        if _constant(source) is not None:
+        if constant_of(source) is not None:
             self._constant_dequantiser(node, source, out)
             return
         found = self._activation_quantiser(node)
         if found is None:
             return
-        spec = self.tensors.get(_name(source))
+        spec = self.tensors.get(name_of(source))
         if spec is None or spec.scale is None:
-            self._say(_label(node), "dequantiser", f"reads {_name(source)}, which no QuantizeLinear wrote", "quantise it first")
+            self._say(label_of(node), "dequantiser", f"reads {name_of(source)}, which no QuantizeLinear wrote", "quantise it first")
             return
         if (spec.scale, spec.zero_point) != found:
             self._say(
-                _label(node),
+                label_of(node),
                 "dequantiser",
                 f"scale, zero point {found}, but the tensor has {(spec.scale, spec.zero_point)}",
                 "use the same; to change scale, dequantise and quantise",
             )
             return
-        self.dequantised[_name(out)] = _name(source)
-        if _name(out) in self.outputs or any(self._is_float_consumer(use) for use in out.consumers()):
+        self.dequantised[name_of(out)] = name_of(source)
+        if name_of(out) in self.outputs or any(self._is_float_consumer(use) for use in out.consumers()):
             self._float_tensor(out)
-            self.nodes.append(QuantNode(_label(node), "DequantizeLinear", "border", (_name(source),), (_name(out),)))
+            self.nodes.append(QuantNode(label_of(node), "DequantizeLinear", "border", (name_of(source),), (name_of(out),)))
 
     def _is_float_consumer(self, node: ir.Node) -> bool:
-        return node.op_type != "QuantizeLinear" and (self._group(node) is None or _label(node) in self.islands)
+        return node.op_type != "QuantizeLinear" and (self._group(node) is None or label_of(node) in self.islands)
 
     def _constant_dequantiser(self, node: ir.Node, source: ir.Value, out: ir.Value) -> None:
-        values = _constant(source)
+        values = constant_of(source)
         scale, zero = self._scale_and_zero(node)
         if values is None or scale is None or scale.dtype != np.float32 or scale.ndim > 1 or not np.isfinite(scale).all() or not (scale > 0).all():
-            self._say(_label(node), "weight", f"a constant with scale {_short(scale)}", "give finite positive float32 scales, one or one an output channel")
+            self._say(label_of(node), "weight", f"a constant with scale {short(scale)}", "give finite positive float32 scales, one or one an output channel")
             return
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
-        self.constants[_name(out)] = _Constant(values, scale, axis + values.ndim if axis < 0 else axis, zero is None or not zero.any())
+        self.constants[name_of(out)] = _Constant(values, scale, axis + values.ndim if axis < 0 else axis, zero is None or not zero.any())
 
     def _quantise_alone(self, node: ir.Node) -> None:
         """A QuantizeLinear outside any group: at the border, behind a float island, or a change of scale."""
@@ -253,97 +296,145 @@ class _Reader:
         if found is None or source is None:
             return
         self._int8_tensor(out, *found)
-        if _name(source) in self.dequantised:
-            self.nodes.append(QuantNode(_label(node), "Requantize", "int8", (self.dequantised[_name(source)],), (_name(out),)))
-        elif _name(source) in self.tensors:
-            self.nodes.append(QuantNode(_label(node), "QuantizeLinear", "border", (_name(source),), (_name(out),)))
+        if name_of(source) in self.dequantised:
+            self.nodes.append(QuantNode(label_of(node), "Requantize", "int8", (self.dequantised[name_of(source)],), (name_of(out),)))
+        elif name_of(source) in self.tensors:
+            self.nodes.append(QuantNode(label_of(node), "QuantizeLinear", "border", (name_of(source),), (name_of(out),)))
         else:
-            self._say(_label(node), "operand", f"quantises {_name(source)}, which is a constant", "store the constant as int8 behind a DequantizeLinear")
+            self._say(label_of(node), "operand", f"quantises {name_of(source)}, which is a constant", "store the constant as int8 behind a DequantizeLinear")
 
     # ---- operators
-    def _group(self, node: ir.Node) -> tuple[ir.Node | None, ir.Node] | None:
-        """(fused activation or None, QuantizeLinear) where `node` has the shape of an int8 group, else None."""
-        op = OPS.get(node.op_type)
-        if op is None or len(node.outputs) != 1:
+    def _row(self, node: ir.Node) -> Op | None:
+        return OPS.get(row_name(node.op_type, given(node), len(self._activations(node))))
+
+    def _activations(self, node: ir.Node) -> list[ir.Value]:
+        return [value for value in node.inputs if value is not None and constant_of(value) is None and name_of(value) not in self.constants]
+
+    def _group(self, node: ir.Node) -> _Group | None:
+        """`node` and what belongs to it, where it has the shape of an int8 group."""
+        if node.op_type == "Sigmoid" and (silu := self._silu(node)) is not None:
+            return silu
+        row = self._row(node)
+        if row is None or not node.outputs or (len(node.outputs) > 1 and row.name != "Split"):
             return None
-        follower = self._only_use(node.outputs[0])
+        followers = [self._only_use(value) for value in node.outputs]
         activation = None
-        if follower is not None and op.fuses and follower.op_type in ("Relu", "Clip"):
-            activation, follower = follower, self._only_use(follower.outputs[0])
-        if follower is None or follower.op_type != "QuantizeLinear":
+        if row.fuses and followers[0] is not None and followers[0].op_type in ("Relu", "Clip"):
+            activation, followers = followers[0], [self._only_use(followers[0].outputs[0])]
+        quantisers = tuple(follower for follower in followers if follower is not None and follower.op_type == "QuantizeLinear")
+        return _Group(row, label_of(node), quantisers, activation) if len(quantisers) == len(followers) else None
+
+    def _silu(self, node: ir.Node) -> _Group | None:
+        """x * Sigmoid(x), which opset 20 has no operator for: named after its Mul."""
+        gate = self._only_use(node.outputs[0])
+        if gate is None or gate.op_type != "Mul" or not any(value is node.inputs[0] for value in gate.inputs) or label_of(gate) in self.islands:
             return None
-        return activation, follower
+        quantiser = self._only_use(gate.outputs[0])
+        if quantiser is None or quantiser.op_type != "QuantizeLinear":
+            return None
+        return _Group(OPS["Silu"], label_of(gate), (quantiser,), None, (gate,))
 
     def _only_use(self, value: ir.Value) -> ir.Node | None:
         uses = value.consumers()
-        return uses[0] if len(uses) == 1 and _name(value) not in self.outputs and len(list(value.uses())) == 1 else None
+        return uses[0] if len(uses) == 1 and name_of(value) not in self.outputs and len(list(value.uses())) == 1 else None
 
     def _operator(self, node: ir.Node) -> None:
-        label = _label(node)
         group = self._group(node)
-        activations = [value for value in node.inputs if value is not None and _constant(value) is None and _name(value) not in self.constants]
-        if group is None or label in self.islands:
+        activations = self._activations(node)
+        if group is None or label_of(node) in self.islands:
             self._island(node, activations)
             return
-        activation, quantiser = group
-        self.absorbed.add(id(quantiser))
-        if activation is not None:
-            self.absorbed.add(id(activation))
-        floats = [_name(value) for value in activations if _name(value) not in self.dequantised]
-        found = self._activation_quantiser(quantiser)
-        if found is None:
+        self.absorbed.update(id(other) for other in group.nodes)
+        label = group.label
+        found = [self._activation_quantiser(quantiser) for quantiser in group.quantisers]
+        if None in found:
             return
-        self._int8_tensor(quantiser.outputs[0], *found)
+        for quantiser, step in zip(group.quantisers, found, strict=True):
+            if step is not None:
+                self._int8_tensor(quantiser.outputs[0], *step)
+        floats = [name_of(value) for value in activations if name_of(value) not in self.dequantised]
         if floats or not activations:
             self._say(label, "operand", f"{node.op_type} reads {floats or 'no activation'}", "put QuantizeLinear and DequantizeLinear in front of it")
             return
-        self._int8_node(node, label, activation, tuple(self.dequantised[_name(value)] for value in activations), _name(quantiser.outputs[0]))
+        self._int8_node(node, group, tuple(self.dequantised[name_of(value)] for value in activations))
 
-    def _int8_node(self, node: ir.Node, label: str, activation: ir.Node | None, inputs: tuple[str, ...], output: str) -> None:
-        op = OPS[node.op_type]
-        spec = self.tensors[output]
-        attributes = self._attributes(node, label)
-        bounds = _bounds(activation) if activation is not None else _bounds(node) if node.op_type in ("Relu", "Clip") else (-math.inf, math.inf)
+    def _int8_node(self, node: ir.Node, group: _Group, inputs: tuple[str, ...]) -> None:
+        op, label, activation = group.row, group.label, group.activation
+        outputs = tuple(name_of(quantiser.outputs[0]) for quantiser in group.quantisers)
+        spec = self.tensors[outputs[0]]
+        if not self._operands_fit(node, group):
+            return
+        attributes = self._attributes(node, group)
+        bounds = bounds_of(activation) if activation is not None else bounds_of(node) if node.op_type in ("Relu", "Clip") else (-math.inf, math.inf)
         if attributes is None or bounds is None:
             if bounds is None:
                 self._say(label, "attributes", "Clip with bounds that are no constants, or in the wrong order", "give constant bounds, the lower first")
             return
         weight = scale = bias = None
         if op.weight_axis is not None:
-            read = self._weights(node, label, op.weight_axis, inputs)
+            read = self._weights(node, label, op.weight_axis, inputs, attributes)
             if read is None:
                 return
             weight, scale, bias = read
-            depth = self.tensors[inputs[0]].shape[1] if node.op_type == "Conv" else 0
-            if node.op_type == "Conv" and (
-                list(weight.shape[2:]) != attributes["kernel_shape"] or weight.shape[1] * attributes["group"] != depth or weight.shape[0] % attributes["group"]
-            ):
-                self._say(
-                    label,
-                    "weight",
-                    f"a weight of shape {list(weight.shape)} for {depth} channels in {attributes['group']} groups",
-                    "give [out, in/group, *kernel]",
-                )
-                return
-        elif len(inputs) != sum(value is not None for value in node.inputs) and node.op_type not in ("Reshape", "Clip"):
-            self._say(label, "operand", f"{node.op_type} has a constant operand", "fold it into the layer before, or list the node as a float island")
+        elif not self._sums_fit(op, label, inputs, attributes):
             return
-        if op.passes_scale:
-            for name in inputs:
-                if (self.tensors[name].scale, self.tensors[name].zero_point) != (spec.scale, spec.zero_point):
-                    self._say(
-                        label,
-                        "passes-scale",
-                        f"{node.op_type} turns scale {self.tensors[name].scale!r} into {spec.scale!r}",
-                        "keep the scale, or put a quantiser of its own in front",
-                    )
-                    return
+        constants = {1: slope} if op.name == "PRelu" and (slope := constant_of(node.inputs[1])) is not None else {}
+        if op.passes_scale and not self._scales_equal(op, label, inputs, outputs):
+            return
         name = activation.op_type if activation is not None else ""
         clamp = _clamp(bounds, spec)
-        self.nodes.append(QuantNode(label, node.op_type, "int8", inputs, (output,), attributes, weight, scale, bias, clamp, name, bounds))
+        self.nodes.append(QuantNode(label, op.name, "int8", inputs, outputs, attributes, weight, scale, bias, clamp, name, bounds, constants))
+
+    def _operands_fit(self, node: ir.Node, group: _Group) -> bool:
+        """Activations first, constants only where the row has them."""
+        op = group.row
+        positions = [index for index, value in enumerate(node.inputs) if value is not None and any(value is other for other in self._activations(node))]
+        rest = {index for index, value in enumerate(node.inputs) if value is not None} - set(positions)
+        if op.weight_axis is not None:
+            return True  # a second activation, or a constant in the wrong place, is what rule "weight" names
+        held = sorted(index for index in rest - op.constants) + sorted(index for index in rest & op.constants if constant_of(node.inputs[index]) is None)
+        if held or positions != list(range(len(positions))):
+            self._say(group.label, "operand", f"{node.op_type} has a constant operand", "fold it into the layer before, or list the node as a float island")
+            return False
+        if op.activations is not None and len(positions) != op.activations:
+            self._say(
+                group.label, "operand", f"{node.op_type} reads {len(positions)} activations, expected {op.activations}", "make its other inputs constants"
+            )
+            return False
+        return True
+
+    def _scales_equal(self, op: Op, label: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> bool:
+        spec = self.tensors[inputs[0]]
+        for name in (*inputs[1:], *outputs):
+            other = self.tensors[name]
+            if (other.scale, other.zero_point) != (spec.scale, spec.zero_point):
+                found = (
+                    f"{op.name} turns scale {spec.scale!r} into {other.scale!r}"
+                    if name in outputs
+                    else f"{op.name} joins scales {spec.scale!r} and {other.scale!r}"
+                )
+                self._say(label, "passes-scale", found, "keep the scale, or put a quantiser of its own in front")
+                return False
+        return True
+
+    def _sums_fit(self, op: Op, label: str, inputs: tuple[str, ...], attributes: dict[str, Any]) -> bool:
+        """Sums without weights: two activations multiplied, and means."""
+        shape = self.tensors[inputs[0]].shape
+        zeros = [int(self.tensors[name].zero_point or 0) for name in inputs]
+        if op.name == "BatchMatMul":
+            worst = product_limit(shape[-1], zeros)
+        elif op.name in ("AveragePool", "GlobalAveragePool", "ReduceMean"):
+            window = attributes.get("kernel_shape", [shape[axis] for axis in attributes.get("axes", range(2, len(shape)))])
+            worst = product_limit(math.prod(window), zeros)
+        else:
+            return True
+        if worst > ACCUMULATOR_LIMIT:
+            self._say(label, "accumulator-overflow", f"a sum can reach {worst}, int32 ends at {ACCUMULATOR_LIMIT}", "split the operator")
+            return False
+        return True
 
     def _island(self, node: ir.Node, activations: list[ir.Value]) -> None:
-        label = _label(node)
+        label = label_of(node)
         if label not in self.islands:
             reason = "is no int8 operator" if node.op_type not in OPS else "has no QuantizeLinear of its own behind it"
             self._say(
@@ -358,29 +449,37 @@ class _Reader:
         for position, value in enumerate(node.inputs):
             if value is None:
                 continue
-            plain = _constant(value)
+            plain = constant_of(value)
             if plain is not None:
                 constants[position] = plain
-            elif _name(value) in self.constants:
-                held = self.constants[_name(value)]
+            elif name_of(value) in self.constants:
+                held = self.constants[name_of(value)]
                 constants[position] = _dequantised(held)
-            elif _name(value) not in self.tensors:
-                self._say(label, "operand", f"reads {_name(value)}, which is not known", "connect it")
+            elif name_of(value) not in self.tensors:
+                self._say(label, "operand", f"reads {name_of(value)}, which is not known", "connect it")
                 return
-        for out in node.outputs:
+        results = [out for out in node.outputs if name_of(out)]
+        if any(out is not given for out, given in zip(results, node.outputs, strict=False)):
+            self._say(label, "float-island", "leaves an output out between others", "give it a name")
+            return
+        for out in results:
             self._float_tensor(out)
-        attributes = {name: _python(attribute) for name, attribute in node.attributes.items()}
-        names = tuple(_name(value) for value in activations)
-        self.nodes.append(QuantNode(label, node.op_type, "float", names, tuple(_name(out) for out in node.outputs), attributes, constants=constants))
+        names = tuple(name_of(value) for value in activations)
+        absent = tuple(position for position, value in enumerate(node.inputs) if value is None)
+        self.nodes.append(
+            QuantNode(label, node.op_type, "float", names, tuple(name_of(out) for out in results), given(node), constants=constants, absent=absent)
+        )
 
     # ---- weights and attributes
-    def _weights(self, node: ir.Node, label: str, axis: int, inputs: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
-        held = self.constants.get(_name(node.inputs[1])) if len(node.inputs) > 1 and node.inputs[1] is not None else None
+    def _weights(
+        self, node: ir.Node, label: str, axis: int, inputs: tuple[str, ...], attributes: dict[str, Any]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
+        held = self.constants.get(name_of(node.inputs[1])) if len(node.inputs) > 1 and node.inputs[1] is not None else None
         if len(inputs) != 1 or held is None or held.values.dtype != np.int8 or not held.zero:
             found = "two activations" if len(inputs) != 1 else "no int8 constant behind a DequantizeLinear with zero point 0"
             self._say(label, "weight", f"{node.op_type} has {found}", "store the weight as int8 behind a DequantizeLinear")
             return None
-        weight = held.values
+        weight, source = held.values, self.tensors[inputs[0]]
         channels = weight.shape[axis] if weight.ndim > axis else 0
         if held.scale.size not in (1, channels) or (held.scale.size > 1 and held.axis != axis) or (node.op_type == "MatMul" and weight.ndim != 2):
             self._say(
@@ -390,112 +489,65 @@ class _Reader:
                 f"give one, or one an output channel (axis {axis})",
             )
             return None
-        if self.recipe.scheme == "power_of_two" and not all(_power_of_two(float(step)) for step in held.scale.reshape(-1)):
+        if self.recipe.scheme == "power_of_two" and not all(is_power_of_two(float(step)) for step in held.scale.reshape(-1)):
             self._say(label, "scheme", "a weight scale that is not a power of two", "round it to 2^-n, or use another scheme")
             return None
+        if not self._kernel_fits(node, label, weight, source.shape, attributes):
+            return None
+        group = attributes["group"] if node.op_type == "ConvTranspose" else 1
         scale = held.scale.reshape(-1)
+        scale = np.tile(scale, group) if scale.size > 1 else scale  # ConvTranspose's groups share the scales along axis 1
         bias: np.ndarray | None = None
         if len(node.inputs) > 2 and node.inputs[2] is not None:
-            bias = self._bias(node, label, channels, float(self.tensors[inputs[0]].scale or 0), scale)
+            bias = self._bias(node, label, channels * group, float(source.scale or 0), scale)
             if bias is None:
                 return None
-        source = self.tensors[inputs[0]]
-        worst = _worst_accumulator(weight, axis, bias, int(source.zero_point or 0))
+        rows = conv_like_weight(weight, group) if node.op_type == "ConvTranspose" else np.moveaxis(weight, axis, 0)
+        worst = _worst_accumulator(rows, bias, int(source.zero_point or 0))
         if worst > ACCUMULATOR_LIMIT:
             self._say(label, "accumulator-overflow", f"a sum can reach {worst}, int32 ends at {ACCUMULATOR_LIMIT}", "split the layer or use smaller weights")
             return None
         return weight, scale, bias
 
+    def _kernel_fits(self, node: ir.Node, label: str, weight: np.ndarray, shape: tuple[int, ...], attributes: dict[str, Any]) -> bool:
+        if node.op_type not in ("Conv", "ConvTranspose"):
+            return True
+        transposed, group, depth = node.op_type == "ConvTranspose", attributes["group"], shape[1]
+        fits = weight.shape[0] == depth and depth % group == 0 if transposed else weight.shape[1] * group == depth and weight.shape[0] % group == 0
+        if list(weight.shape[2:]) == attributes["kernel_shape"] and fits:
+            return True
+        found = f"a weight of shape {list(weight.shape)} for {depth} channels in {group} groups"
+        self._say(label, "weight", found, "give [in, out/group, *kernel]" if transposed else "give [out, in/group, *kernel]")
+        return False
+
     def _bias(self, node: ir.Node, label: str, channels: int, input_scale: float, weight_scale: np.ndarray) -> np.ndarray | None:
-        held = self.constants.get(_name(node.inputs[2]))
+        held = self.constants.get(name_of(node.inputs[2]))
         if held is None or held.values.dtype != np.int32 or held.values.size != channels or not held.zero:
             self._say(label, "bias", f"the bias is not {channels} int32 constants behind a DequantizeLinear", "store it as int32 with scale input x weight")
             return None
         expected = np.float32(input_scale) * weight_scale.astype(np.float32)
         if held.scale.size not in (1, channels) or not np.allclose(held.scale, expected, rtol=1e-6, atol=0):
-            self._say(label, "bias", f"the bias has scale {_short(held.scale)}, expected {_short(expected)}", "use scale input x weight")
+            self._say(label, "bias", f"the bias has scale {short(held.scale)}, expected {short(expected)}", "use scale input x weight")
             return None
         return held.values.reshape(-1)
 
-    def _attributes(self, node: ir.Node, label: str) -> dict[str, Any] | None:
-        given = {name: _python(attribute) for name, attribute in node.attributes.items()}
-        if given.get("auto_pad", "NOTSET") != "NOTSET":
-            self._say(label, "attributes", f"auto_pad {given['auto_pad']!r}", "write explicit pads")
+    def _attributes(self, node: ir.Node, group: _Group) -> dict[str, Any] | None:
+        activations = self._activations(node)
+        constants = {index: array for index in group.row.constants if index < len(node.inputs) and (array := constant_of(node.inputs[index])) is not None}
+        shapes = tuple(self._shape(value) for value in activations)
+        outputs = tuple(self._shape(value) for value in node.outputs)
+        if () in (*shapes, *outputs):
+            return None  # the shape's own problem is said
+        try:
+            return resolve(Call(group.row.name, given(node), shapes, constants, outputs))
+        except IllegalCallError as illegal:
+            self._say(group.label, "attributes", illegal.found, illegal.fix)
             return None
-        given.pop("auto_pad", None)
-        if node.op_type == "Gemm" and (given.get("transB", 0), given.get("transA", 0), given.get("alpha", 1.0), given.get("beta", 1.0)) != (1, 0, 1.0, 1.0):
-            self._say(label, "attributes", f"Gemm with {given}", "transB=1, transA=0, alpha=beta=1")
-            return None
-        if node.op_type in ("Conv", "MaxPool", "AveragePool"):
-            if "kernel_shape" not in given:
-                self._say(label, "attributes", "no kernel_shape", "write it: TensorRT's parser asks for it")
-                return None
-            rank = len(given["kernel_shape"])
-            defaults: Mapping[str, Any] = {"strides": [1] * rank, "dilations": [1] * rank, "pads": [0] * (2 * rank)}
-            given = {**defaults, **given}
-            if node.op_type == "Conv":
-                given.setdefault("group", 1)
-            else:
-                given.setdefault("ceil_mode", 0)
-            if node.op_type == "AveragePool":
-                given.setdefault("count_include_pad", 0)
-            if given.pop("storage_order", 0) != 0:
-                self._say(label, "attributes", "storage_order 1", "use row-major pooling")
-                return None
-            wrong = _wrong_window(given, self._shape(node.outputs[0]), self._shape(node.inputs[0]) if node.inputs[0] is not None else ())
-            if wrong:
-                self._say(label, "attributes", wrong, "export the model again")
-                return None
-        if node.op_type == "Concat":
-            rank = len(self._shape(node.outputs[0]))
-            given["axis"] = given["axis"] % rank if rank else 0
-        if node.op_type in ("Reshape", "Flatten"):
-            before, after = node.inputs[0].shape if node.inputs[0] is not None else None, node.outputs[0].shape
-            if before is None or after is None or not len(before) or not len(after) or before[0] != after[0]:
-                self._say(label, "attributes", f"{node.op_type} from {before} to {after} moves the batch", "keep the first axis")
-                return None
-        if node.op_type == "Concat" and given["axis"] == 0:
-            self._say(label, "attributes", "Concat along the batch", "join along another axis")
-            return None
-        return given
-
-
-def _wrong_window(given: Mapping[str, Any], output: tuple[int, ...], source: tuple[int, ...]) -> str:
-    """What is impossible in a window's attributes; onnx's own checker lets some of it through."""
-    rank = len(output) - 2
-    for name, length, least in (("kernel_shape", rank, 1), ("strides", rank, 1), ("dilations", rank, 1), ("pads", 2 * rank, 0)):
-        values = given[name]
-        if len(values) != length or any(value < least for value in values):
-            return f"{name} {values} for {rank} space axes"
-    if given.get("group", 1) < 1:
-        return f"group {given['group']}"
-    if "group" not in given and any(pad >= given["kernel_shape"][axis % rank] for axis, pad in enumerate(given["pads"])):
-        return f"pads {given['pads']} as large as the kernel {given['kernel_shape']}: a window of padding alone"
-    for axis in range(rank):
-        # onnx 1.23's shape inference counts such a window under ceil_mode, engines do not.
-        if given.get("ceil_mode") and (output[axis + 2] - 1) * given["strides"][axis] >= source[axis + 2] + given["pads"][axis]:
-            return f"ceil_mode with pads {given['pads']}: the last window lies in the padding alone"
-    return ""
 
 
 def _border_spec(tensors: Mapping[str, TensorSpec], raw: str, border: TensorSpec) -> TensorSpec:
     spec = tensors[raw]
     return TensorSpec(border.name, border.shape, spec.dtype, border.layout, spec.scale, spec.zero_point)
-
-
-def _name(value: ir.Value | None) -> str:
-    return value.name or "" if value is not None else ""
-
-
-def _label(node: ir.Node) -> str:
-    return node.name or f"{node.op_type}_{_name(node.outputs[0])}"
-
-
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    """The array of an initialiser (one that is not also a graph input), else None."""
-    if value is None or value.const_value is None or value.is_graph_input():
-        return None
-    return value.const_value.numpy()
 
 
 def _dequantised(held: _Constant) -> np.ndarray:
@@ -506,48 +558,15 @@ def _dequantised(held: _Constant) -> np.ndarray:
     return real
 
 
-def _short(array: np.ndarray | None) -> str:
-    if array is None:
-        return "no constant"
-    return str(array.reshape(-1)[0]) if array.size == 1 else f"{array.dtype}{list(array.shape)}"
-
-
-def _power_of_two(step: float) -> bool:
-    return step > 0 and math.isfinite(step) and math.frexp(step)[0] == 0.5
-
-
-def _python(attribute: ir.Attr) -> Any:
-    value = attribute.value
-    if isinstance(value, tuple | list):
-        return list(value)
-    return value
-
-
-def _bounds(node: ir.Node) -> tuple[float, float] | None:
-    """Real bounds of a Relu or Clip; None where they are no constants or in the wrong order."""
-    if node.op_type == "Relu":
-        return (0.0, math.inf)
-    bounds = [-math.inf, math.inf]
-    for position in (1, 2):
-        value = node.inputs[position] if len(node.inputs) > position else None
-        if value is not None:
-            array = _constant(value)
-            if array is None or array.size != 1 or np.isnan(array).any():
-                return None
-            bounds[position - 1] = float(array.reshape(-1)[0])
-    return (bounds[0], bounds[1]) if bounds[0] <= bounds[1] else None
-
-
 def _clamp(bounds: tuple[float, float], spec: TensorSpec) -> tuple[int, int]:
     """Bounds in steps of the output: rounding is monotone, so clipping before or after it is the same."""
     low, high = (int(spec.quantise(np.array([bound], np.float32))[0]) for bound in bounds)
     return low, high
 
 
-def _worst_accumulator(weight: np.ndarray, axis: int, bias: np.ndarray | None, zero_point: int) -> int:
-    """The largest magnitude a sum of products and bias can reach for any int8 input."""
-    others = tuple(other for other in range(weight.ndim) if other != axis)
-    sums = np.abs(weight.astype(np.int64)).sum(axis=others) * max(127 - zero_point, 128 + zero_point)
+def _worst_accumulator(rows: np.ndarray, bias: np.ndarray | None, zero_point: int) -> int:
+    """The largest magnitude a sum of products and bias can reach for any int8 input; `rows` [out, ...]."""
+    sums = np.abs(rows.astype(np.int64)).sum(axis=tuple(range(1, rows.ndim))) * max(127 - zero_point, 128 + zero_point)
     if bias is not None:
         sums = sums + np.abs(bias.astype(np.int64))
     return int(sums.max(initial=0))

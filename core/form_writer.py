@@ -61,6 +61,12 @@ class FormWriter:
         self.float_node("Softmax", [self.dequantise(tensor)], [name], f"{name}_softmax", axis=axis)
         self.float_output(name)
 
+    def argmax_output(self, tensor: str, name: str, axis: int = 1) -> None:
+        """The index of the largest value (the first one on a tie) as a float32 number: a float tail, as the border is float32."""
+        self.float_node("ArgMax", [self.dequantise(tensor)], [f"{name}_index"], f"{name}_argmax", axis=axis, keepdims=0)
+        self.float_node("Cast", [f"{name}_index"], [name], f"{name}_cast", to=TensorProto.FLOAT)
+        self.float_output(name)
+
     def float_node(self, op: str, inputs: Sequence[str], outputs: Sequence[str], name: str | None = None, **attributes: Any) -> None:
         """A float island on float tensors (or constants made with `constant`)."""
         self._islands.append(self._node(op, list(inputs), list(outputs), name, **attributes))
@@ -108,8 +114,62 @@ class FormWriter:
         """weight int8 [in, out], no bias."""
         return self._weighted("MatMul", x, weight, 1, weight_scale, None, scale, zero_point, activation, name, {})
 
+    def conv_transpose(
+        self, x: str, weight: np.ndarray, weight_scale: np.ndarray | float, bias: np.ndarray | None = None, *, scale: float, zero_point: int = 0,
+        activation: Activation = "", strides: Sequence[int] | None = None, pads: Sequence[int] | None = None, dilations: Sequence[int] | None = None,
+        output_padding: Sequence[int] | None = None, group: int = 1, name: str | None = None,
+    ) -> str:  # fmt: skip
+        """weight int8 [in, out/group, *kernel] with one scale, or one an entry of axis 1; bias int32 [out]."""
+        rank = weight.ndim - 2
+        attributes = {
+            "kernel_shape": list(weight.shape[2:]),
+            "strides": list(strides or [1] * rank),
+            "pads": list(pads or [0] * (2 * rank)),
+            "dilations": list(dilations or [1] * rank),
+            "output_padding": list(output_padding or [0] * rank),
+            "group": group,
+        }
+        return self._weighted("ConvTranspose", x, weight, 1, weight_scale, bias, scale, zero_point, activation, name, attributes, group)
+
+    def batch_matmul(self, a: str, b: str, *, scale: float, zero_point: int = 0, activation: Activation = "", name: str | None = None) -> str:
+        """MatMul of two int8 tensors (N, ..., R, K) and (N, ..., K, M)."""
+        return self._two("MatMul", a, b, scale, zero_point, activation, name or "batch_matmul")
+
     def add(self, a: str, b: str, *, scale: float, zero_point: int = 0, activation: Activation = "", name: str | None = None) -> str:
-        return self._group("Add", [self.dequantise(a), self.dequantise(b)], scale, zero_point, activation, self._fresh(name or "add"), {})
+        return self._two("Add", a, b, scale, zero_point, activation, name)
+
+    def sub(self, a: str, b: str, *, scale: float, zero_point: int = 0, activation: Activation = "", name: str | None = None) -> str:
+        return self._two("Sub", a, b, scale, zero_point, activation, name)
+
+    def mul(self, a: str, b: str, *, scale: float, zero_point: int = 0, activation: Activation = "", name: str | None = None) -> str:
+        return self._two("Mul", a, b, scale, zero_point, activation, name)
+
+    def reduce_mean(self, x: str, axes: Sequence[int], keepdims: bool = True, *, scale: float, zero_point: int = 0, name: str | None = None) -> str:
+        inputs = [self.dequantise(x), self._whole_numbers("axes", axes)]
+        return self._group("ReduceMean", inputs, scale, zero_point, "", self._fresh(name or "reducemean"), {"keepdims": int(keepdims)})
+
+    def resize_linear(
+        self, x: str, sizes: Sequence[int], transform: str = "half_pixel", *, scale: float, zero_point: int = 0, name: str | None = None
+    ) -> str:  # fmt: skip
+        """Bilinear (linear in 1-D) to `sizes`, the whole output shape."""
+        inputs = [self.dequantise(x), "", "", self._whole_numbers("sizes", sizes)]
+        attributes = {"mode": "linear", "coordinate_transformation_mode": transform}
+        return self._group("Resize", inputs, scale, zero_point, "", self._fresh(name or "resize"), attributes)
+
+    def function(self, op: str, x: str, *, scale: float, zero_point: int = 0, name: str | None = None, **attributes: Any) -> str:
+        """A function of one number: Sigmoid, Tanh, LeakyRelu (alpha=), HardSigmoid (alpha=, beta=), HardSwish, Mish, Gelu (approximate=), Softplus, Elu."""
+        return self._group(op, [self.dequantise(x)], scale, zero_point, "", self._fresh(name or op.lower()), attributes)
+
+    def p_relu(self, x: str, slope: np.ndarray, *, scale: float, zero_point: int = 0, name: str | None = None) -> str:
+        """slope float32: one number, or [channels, 1, ...]."""
+        inputs = [self.dequantise(x), self.constant(self._fresh("slope"), np.asarray(slope, np.float32))]
+        return self._group("PRelu", inputs, scale, zero_point, "", self._fresh(name or "prelu"), {})
+
+    def silu(self, x: str, *, scale: float, zero_point: int = 0, name: str | None = None) -> str:
+        """x * Sigmoid(x), with one quantiser behind both."""
+        name, value = self._fresh(name or "silu"), self.dequantise(x)
+        self._node("Sigmoid", [value], [f"{name}_gate"], f"{name}_sigmoid")
+        return self._group("Mul", [value, f"{name}_gate"], scale, zero_point, "", name, {})
 
     def max_pool(
         self, x: str, kernel: Sequence[int], strides: Sequence[int] | None = None, pads: Sequence[int] | None = None, ceil_mode: int = 0,
@@ -138,11 +198,56 @@ class FormWriter:
         return self._same_scale("Flatten", [x], [], name, {"axis": axis})
 
     def reshape(self, x: str, shape: Sequence[int], name: str | None = None) -> str:
-        extents = self.constant(self._fresh("shape"), np.asarray(shape, np.int64))
-        return self._same_scale("Reshape", [x], [extents], name, {})
+        return self._same_scale("Reshape", [x], [self._whole_numbers("shape", shape)], name, {})
 
     def concat(self, tensors: Sequence[str], axis: int, name: str | None = None) -> str:
         return self._same_scale("Concat", tensors, [], name, {"axis": axis})
+
+    def split(self, x: str, sizes: Sequence[int], axis: int = 1, name: str | None = None) -> list[str]:
+        """The parts, in order."""
+        name, (scale, zero) = self._fresh(name or "split"), self._step(x)
+        parts = [f"{name}_out{index}" for index in range(len(sizes))]
+        self._node("Split", [self.dequantise(x), self._whole_numbers("sizes", sizes)], parts, name, axis=axis)
+        return [self.quantise(part, scale=scale, zero_point=zero, name=f"{part}_q") for part in parts]
+
+    def slice(
+        self, x: str, starts: Sequence[int], ends: Sequence[int], axes: Sequence[int], steps: Sequence[int] | None = None, name: str | None = None
+    ) -> str:
+        bounds = {"starts": starts, "ends": ends, "axes": axes, "steps": steps or [1] * len(starts)}
+        return self._same_scale("Slice", [x], [self._whole_numbers(part, values) for part, values in bounds.items()], name, {})
+
+    def pad(self, x: str, pads: Sequence[int], value: float | None = None, name: str | None = None) -> str:
+        """`pads` in ONNX order, for every axis; None pads with zero."""
+        extra = [self._whole_numbers("pads", pads)]
+        if value is not None:
+            extra.append(self.constant(self._fresh("value"), np.array(value, np.float32)))
+        return self._same_scale("Pad", [x], extra, name, {"mode": "constant"})
+
+    def transpose(self, x: str, order: Sequence[int], name: str | None = None) -> str:
+        return self._same_scale("Transpose", [x], [], name, {"perm": list(order)})
+
+    def squeeze(self, x: str, axes: Sequence[int], name: str | None = None) -> str:
+        return self._same_scale("Squeeze", [x], [self._whole_numbers("axes", axes)], name, {})
+
+    def unsqueeze(self, x: str, axes: Sequence[int], name: str | None = None) -> str:
+        return self._same_scale("Unsqueeze", [x], [self._whole_numbers("axes", axes)], name, {})
+
+    def expand(self, x: str, shape: Sequence[int], name: str | None = None) -> str:
+        return self._same_scale("Expand", [x], [self._whole_numbers("shape", shape)], name, {})
+
+    def depth_to_space(self, x: str, block: int, mode: str = "DCR", name: str | None = None) -> str:
+        return self._same_scale("DepthToSpace", [x], [], name, {"blocksize": block, "mode": mode})
+
+    def space_to_depth(self, x: str, block: int, name: str | None = None) -> str:
+        return self._same_scale("SpaceToDepth", [x], [], name, {"blocksize": block})
+
+    def gather(self, x: str, indices: np.ndarray | Sequence[int], axis: int, name: str | None = None) -> str:
+        return self._same_scale("Gather", [x], [self._whole_numbers("indices", indices)], name, {"axis": axis})
+
+    def resize_nearest(self, x: str, sizes: Sequence[int], transform: str = "asymmetric", nearest_mode: str = "floor", name: str | None = None) -> str:
+        """To `sizes`, the whole output shape."""
+        attributes = {"mode": "nearest", "coordinate_transformation_mode": transform, "nearest_mode": nearest_mode}
+        return self._same_scale("Resize", [x], ["", "", self._whole_numbers("sizes", sizes)], name, attributes)
 
     def requantize(self, x: str, *, scale: float, zero_point: int = 0, name: str | None = None) -> str:
         return self.quantise(self.dequantise(x), scale=scale, zero_point=zero_point, name=name)
@@ -180,7 +285,7 @@ class FormWriter:
     # ---- parts
     def _weighted(
         self, op: str, x: str, weight: np.ndarray, axis: int, weight_scale: np.ndarray | float, bias: np.ndarray | None, scale: float, zero_point: int,
-        activation: Activation, name: str | None, attributes: dict[str, Any],
+        activation: Activation, name: str | None, attributes: dict[str, Any], group: int = 1,
     ) -> str:  # fmt: skip
         name = self._fresh(name or op.lower())
         steps = np.asarray(weight_scale, np.float32)
@@ -188,7 +293,8 @@ class FormWriter:
         inputs = [self.dequantise(x), self._constant_real(f"{name}_weight", np.asarray(weight, np.int8), steps, axis)]
         if bias is not None:
             input_scale = numpy_helper.to_array(self._initialisers[self._quantisers[x][0]])
-            inputs.append(self._constant_real(f"{name}_bias", np.asarray(bias, np.int32), (input_scale * steps).astype(np.float32), 0))
+            outputs = np.tile(steps, group) if steps.ndim and op == "ConvTranspose" else steps
+            inputs.append(self._constant_real(f"{name}_bias", np.asarray(bias, np.int32), (input_scale * outputs).astype(np.float32), 0))
         return self._group(op, inputs, scale, zero_point, activation, name, attributes)
 
     def _constant_real(self, name: str, values: np.ndarray, scale: np.ndarray, axis: int) -> str:
@@ -213,10 +319,19 @@ class FormWriter:
         return self.quantise(value, scale=scale, zero_point=zero_point, name=f"{name}_q")
 
     def _same_scale(self, op: str, tensors: Sequence[str], extra: Sequence[str], name: str | None, attributes: dict[str, Any]) -> str:
-        scale, zero = (numpy_helper.to_array(self._initialisers[part]) for part in self._quantisers[tensors[0]])
-        return self._group(
-            op, [*(self.dequantise(tensor) for tensor in tensors), *extra], float(scale), int(zero), "", self._fresh(name or op.lower()), attributes
-        )
+        scale, zero = self._step(tensors[0])
+        return self._group(op, [*(self.dequantise(tensor) for tensor in tensors), *extra], scale, zero, "", self._fresh(name or op.lower()), attributes)
+
+    def _two(self, op: str, a: str, b: str, scale: float, zero_point: int, activation: Activation, name: str | None) -> str:
+        return self._group(op, [self.dequantise(a), self.dequantise(b)], scale, zero_point, activation, self._fresh(name or op.lower()), {})
+
+    def _step(self, tensor: str) -> tuple[float, int]:
+        """Scale and zero point of an int8 tensor."""
+        scale, zero = (numpy_helper.to_array(self._initialisers[part]) for part in self._quantisers[tensor])
+        return float(scale), int(zero)
+
+    def _whole_numbers(self, name: str, values: np.ndarray | Sequence[int]) -> str:
+        return self.constant(self._fresh(name), np.asarray(values, np.int64))
 
     def _clip_bounds(self, low: float | None, high: float | None) -> list[str]:
         return ["" if bound is None else self.constant(self._fresh("bound"), np.array(bound, np.float32)) for bound in (low, high)]

@@ -38,12 +38,14 @@ class QuantNode:
       an int8 node (int8 in, int8 out with another scale).
 
     `inputs` and `output(s)` are keys of `QuantGraph.tensors`. `weight` (int8) has the operator's own ONNX shape: Conv
-    [out, in/groups, *kernel], Gemm [out, in] (transB), MatMul [in, out]. `weight_scale` is float32 [out] or [1]. `bias` is int32
-    [out] at scale input_scale * weight_scale, None where there is none. `clamp` is the range of the result in steps of the output
+    [out, in/groups, *kernel], ConvTranspose [in, out/groups, *kernel], Gemm [out, in] (transB), MatMul [in, out]. `weight_scale` is
+    float32 [out] or [1]. `bias` is int32 [out] at scale input_scale * weight_scale, None where there is none. `clamp` is the range of
+    the result in steps of the output
     (a fused Relu or Clip; (-128, 127) where nothing is fused), and `activation` its name: "", "Relu" or "Clip" with
     `activation_range` in real numbers. `attributes` holds the ONNX attributes as Python values, defaults and `auto_pad` resolved
     (Conv: strides, pads, dilations, group, kernel_shape; pools: strides, pads, kernel_shape, ceil_mode, count_include_pad, dilations).
-    `constants` holds other constant inputs of the operator (a float island's parameters), by input position.
+    `constants` holds other constant inputs of the operator (a float island's parameters, PRelu's slope), by input position; `absent` the
+    positions that an island leaves out in between. `op` is a row of `isthmus.ops`: not always an ONNX name (see `ops.row_name`).
     """
 
     name: str
@@ -59,6 +61,7 @@ class QuantNode:
     activation: str = ""
     activation_range: tuple[float, float] = (-np.inf, np.inf)
     constants: Mapping[int, np.ndarray] = field(default_factory=dict)
+    absent: tuple[int, ...] = ()
 
     @property
     def output(self) -> str:

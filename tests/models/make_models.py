@@ -125,6 +125,90 @@ def _residual(recipe: Recipe) -> QuantGraph:
     return maker.done(maker.writer.add(maker.x, branch, scale=maker.step(-2), zero_point=maker.zero(-11), activation="Relu"))
 
 
+def _conv_transpose(
+    recipe: Recipe = PORTABLE, shape: Sequence[int] = (1, 4, 5, 4), filters: int = 3, kernel: Sequence[int] = (3, 3), group: int = 1, **more: object
+) -> QuantGraph:
+    """`filters` are those of one group: the weight's second axis."""
+    maker = _Maker(recipe, shape, 11)
+    weight, scales, bias = maker.weight(shape[1], filters, *kernel), maker.scales(filters), maker.bias(filters * group)
+    y = maker.writer.conv_transpose(maker.x, weight, scales, bias, scale=maker.step(-2), zero_point=maker.zero(6), group=group, **more)  # type: ignore[arg-type]
+    return maker.done(y)
+
+
+def _two(method: str, recipe: Recipe = PORTABLE, exponent: int = -3, **more: object) -> QuantGraph:
+    """Two operands with scales of their own, as in `_add`."""
+    maker = _Maker(recipe, (1, 4, 5, 5), 12)
+    scales = maker.step(-3), maker.step(exponent)
+    second = maker.writer.requantize(maker.x, scale=scales[0], zero_point=maker.zero(4))
+    return maker.done(getattr(maker.writer, method)(maker.x, second, scale=scales[1], zero_point=maker.zero(9), **more))
+
+
+def _batch_matmul(recipe: Recipe = PORTABLE) -> QuantGraph:
+    """x times its own transpose, as attention has it."""
+    maker = _Maker(recipe, (1, 2, 5, 6), 13)
+    other = maker.writer.requantize(maker.writer.transpose(maker.x, (0, 1, 3, 2)), scale=maker.step(-5), zero_point=maker.zero(2))
+    return maker.done(maker.writer.batch_matmul(maker.x, other, scale=maker.step(-1), zero_point=maker.zero(-5)))
+
+
+def _squeeze_excite(recipe: Recipe) -> QuantGraph:
+    """A gate a channel: global average, two layers, sigmoid, and a Mul that broadcasts."""
+    maker = _Maker(recipe, (1, 8, 4, 4), 14)
+    gate = maker.writer.global_average_pool(maker.x, scale=maker.step(-5), zero_point=maker.zero(3))
+    gate = maker.writer.conv(gate, maker.weight(2, 8, 1, 1), 2.0**-8, maker.bias(2), scale=2.0**-5, activation="Relu")
+    gate = maker.writer.conv(gate, maker.weight(8, 2, 1, 1), 2.0**-8, maker.bias(8), scale=2.0**-4)
+    gate = maker.writer.function("Sigmoid", gate, scale=2.0**-8, zero_point=maker.zero(-128))
+    return maker.done(maker.writer.mul(maker.x, gate, scale=maker.step(-4), zero_point=maker.zero(-1)))
+
+
+def _split() -> QuantGraph:
+    """Uneven parts, one of which is used twice."""
+    maker = _Maker(PORTABLE, (1, 5, 3, 3), 15)
+    first, second = maker.writer.split(maker.x, (2, 3))
+    again = maker.writer.concat([second, first, second], axis=1)
+    return maker.done(again)
+
+
+def _prelu(recipe: Recipe = PORTABLE, channels: int = 4) -> QuantGraph:
+    maker = _Maker(recipe, (1, 4, 5, 5), 16)
+    slope = maker.random.choice([0.25, 0.1, -0.5, 1.5], channels).reshape(-1, 1, 1) if channels > 1 else np.array(0.25)
+    return maker.done(maker.writer.p_relu(maker.x, slope, scale=maker.step(-4), zero_point=maker.zero(8)))
+
+
+def _island_inside(op: str) -> QuantGraph:
+    """int8, a float operator, int8 again."""
+    maker = _Maker(PORTABLE, (1, 4, 8), 17)
+    w = maker.writer
+    y = w.dequantise(w.requantize(maker.x, scale=2.0**-3))
+    if op == "LayerNormalization":
+        scale, shift = (w.constant(name, maker.random.uniform(0.5, 1.5, 8).astype(np.float32)) for name in ("gain", "shift"))
+        w.float_node(op, [y, scale, shift], ["inside"], "island", axis=-1, epsilon=1e-5)
+    else:
+        w.float_node(op, [y], ["inside"], "island", axis=-1)
+    return maker.done(w.requantize(w.quantise("inside", scale=2.0**-5), scale=2.0**-4))
+
+
+def _grid_sample() -> QuantGraph:
+    """Image and coordinates are both int8 tensors; sampling between them is float."""
+    maker = _Maker(PORTABLE, (1, 2, 6, 5), 18)
+    w = maker.writer
+    grid = w.input("grid", (1, 4, 3, 2), scale=2.0**-6)
+    w.float_node("GridSample", [w.dequantise(maker.x), w.dequantise(grid)], ["sampled"], "island", align_corners=1, padding_mode="zeros", mode="linear")
+    return maker.done(w.quantise("sampled", scale=2.0**-4))
+
+
+def _arg_max() -> QuantGraph:
+    maker = _Maker(PORTABLE, (1, 5, 3, 3), 19)
+    maker.writer.argmax_output(maker.writer.relu(maker.x), "y")
+    return maker.writer.graph()
+
+
+def _function(op: str, recipe: Recipe = PORTABLE, exponent: int = -4, zero_point: int = 0, **attributes: object) -> QuantGraph:
+    """Every one of the 256 values, whatever the samples."""
+    maker = _Maker(recipe, (1, 4, 5, 5), 20)
+    method = maker.writer.silu if op == "Silu" else lambda x, **more: maker.writer.function(op, x, **more)
+    return maker.done(method(maker.x, scale=maker.step(exponent), zero_point=zero_point, **attributes))
+
+
 MODELS: dict[str, Callable[[], QuantGraph]] = {
     "conv": _conv,
     "conv_relu": lambda: _conv(activation="Relu"),
@@ -166,6 +250,64 @@ MODELS: dict[str, Callable[[], QuantGraph]] = {
     "network_symmetric": lambda: _network(SYMMETRIC),
     "network_asymmetric": lambda: _network(ASYMMETRIC),
     "residual": lambda: _residual(PORTABLE),
+    "conv_transpose": _conv_transpose,
+    "conv_transpose_stride": lambda: _conv_transpose(strides=(2, 3), pads=(1, 0, 1, 1), output_padding=(1, 0)),
+    "conv_transpose_group": lambda: _conv_transpose(filters=2, group=2, strides=(2, 2), activation="Relu"),
+    "conv_transpose_dilation": lambda: _conv_transpose(dilations=(2, 1), kernel=(2, 3), pads=(1, 1, 0, 2)),
+    "conv_transpose_1d": lambda: _conv_transpose(shape=(1, 3, 7), kernel=(4,), strides=(2,), pads=(1, 1)),
+    "conv_transpose_asymmetric": lambda: _conv_transpose(ASYMMETRIC, filters=2, group=2, strides=(2, 2), pads=(1, 1, 1, 1)),
+    "batch_matmul": _batch_matmul,
+    "batch_matmul_asymmetric": lambda: _batch_matmul(ASYMMETRIC),
+    "sub": lambda: _two("sub"),
+    "sub_asymmetric": lambda: _two("sub", ASYMMETRIC, activation="Relu"),
+    "mul": lambda: _two("mul", exponent=-1),
+    "mul_asymmetric": lambda: _two("mul", ASYMMETRIC, exponent=-1),
+    "squeeze_excite": lambda: _squeeze_excite(PORTABLE),
+    "squeeze_excite_asymmetric": lambda: _squeeze_excite(ASYMMETRIC),
+    "reduce_mean": lambda: _one("reduce_mean", (2, 3), False, scale=2.0**-6),
+    "reduce_mean_channels": lambda: _one("reduce_mean", (1,), scale=2.0**-4),
+    "reduce_mean_asymmetric": lambda: _one("reduce_mean", (-1,), recipe=ASYMMETRIC, scale=0.07, zero_point=3),
+    "split": _split,
+    "slice": lambda: _one("slice", (0, -1, 1), (2**31 - 1, -100, 6), (1, 2, 3), (2, -2, 1)),
+    "pad": lambda: _one("pad", (0, 0, 1, 0, 0, 1, 2, 3)),
+    "pad_value": lambda: _one("pad", (0, 1, 0, 2, 0, 0, 0, 0), -1.53),
+    "pad_asymmetric": lambda: _one("pad", (0, 0, 1, 1, 0, 0, 1, 1), recipe=ASYMMETRIC),
+    "transpose": lambda: _one("transpose", (0, 2, 3, 1), shape=(1, 3, 4, 2)),
+    "squeeze": lambda: _one("squeeze", (-1,), shape=(1, 6, 1)),
+    "unsqueeze": lambda: _one("unsqueeze", (2,), shape=(1, 6)),
+    "expand": lambda: _one("expand", (1, 3, 4, 5), shape=(1, 3, 1, 1)),
+    "depth_to_space": lambda: _one("depth_to_space", 2, shape=(1, 8, 3, 2)),
+    "depth_to_space_crd": lambda: _one("depth_to_space", 2, "CRD", shape=(1, 8, 3, 2)),
+    "space_to_depth": lambda: _one("space_to_depth", 2, shape=(1, 3, 4, 6)),
+    "gather": lambda: _one("gather", [[2, 0], [-1, 2]], 1),
+    "resize_nearest": lambda: _one("resize_nearest", (1, 4, 14, 14)),
+    "resize_nearest_half_pixel": lambda: _one("resize_nearest", (1, 4, 10, 4), "half_pixel", "round_prefer_floor"),
+    "resize_linear": lambda: _one("resize_linear", (1, 4, 14, 14), scale=2.0**-3),
+    "resize_linear_align_corners": lambda: _one("resize_linear", (1, 4, 13, 4), "align_corners", scale=2.0**-4),
+    "resize_linear_asymmetric": lambda: _one("resize_linear", (1, 4, 28, 14), "asymmetric", recipe=ASYMMETRIC, scale=0.08, zero_point=-9),
+    "resize_linear_thirds": lambda: _one("resize_linear", (1, 2, 9, 15), recipe=SYMMETRIC, shape=(1, 2, 3, 5), scale=0.07),
+    "leaky_relu": lambda: _function("LeakyRelu", alpha=0.1),
+    "leaky_relu_asymmetric": lambda: _function("LeakyRelu", ASYMMETRIC, zero_point=-90, alpha=0.1),
+    "prelu": _prelu,
+    "prelu_scalar": lambda: _prelu(channels=1),
+    "prelu_asymmetric": lambda: _prelu(ASYMMETRIC),
+    "sigmoid": lambda: _function("Sigmoid", exponent=-7),
+    "sigmoid_asymmetric": lambda: _function("Sigmoid", ASYMMETRIC, -8, -128),
+    "tanh": lambda: _function("Tanh", exponent=-7),
+    "hard_sigmoid": lambda: _function("HardSigmoid", exponent=-7, alpha=1 / 6, beta=0.5),
+    "hard_swish": lambda: _function("HardSwish"),
+    "hard_swish_asymmetric": lambda: _function("HardSwish", ASYMMETRIC, -5, -119),
+    "silu": lambda: _function("Silu"),
+    "silu_asymmetric": lambda: _function("Silu", ASYMMETRIC, -5, -119),
+    "mish": lambda: _function("Mish"),
+    "gelu": lambda: _function("Gelu"),
+    "gelu_tanh": lambda: _function("Gelu", approximate="tanh"),
+    "softplus": lambda: _function("Softplus"),
+    "elu": lambda: _function("Elu", alpha=0.5),
+    "layer_norm_island": lambda: _island_inside("LayerNormalization"),
+    "softmax_island": lambda: _island_inside("Softmax"),
+    "grid_sample_island": _grid_sample,
+    "argmax_tail": _arg_max,
 }
 
 

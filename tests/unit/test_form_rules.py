@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,13 @@ from isthmus.errors import IsthmusError, ProblemsError
 from isthmus.form import ISLANDS_KEY, RECIPE_KEY, RULES
 from isthmus.form_writer import FormWriter
 from isthmus.graph import QuantGraph
+from isthmus.ops import OPS
 from isthmus.recipe import Recipe
 
+# What a mutation may turn an operator into: every row that is an ONNX operator, and some floats.
+OPERATORS = {name for name in OPS if name not in ("Requantize", "Silu", "BatchMatMul", "ResizeNearest", "ResizeLinear")} | {
+    *("Resize", "Softmax", "Identity", "ArgMax", "LayerNormalization", "GridSample", "Cast", "Constant", "Exp", "Shape", "Gather"),
+}
 MODELS = sorted((Path(__file__).parents[1] / "models").glob("*.onnx"))
 Break = Callable[[onnx.ModelProto], None]
 
@@ -124,7 +130,9 @@ BREAKS: dict[str, tuple[str, Break]] = {
     "Gemm alpha": ("attributes", lambda m: _attribute(m, "fc", alpha=2.0)),
     "a window of padding alone": (
         "attributes",
-        lambda m: _attribute(m, "pool", kernel_shape=[2, 2], strides=[2, 2], pads=[0, 0, 0, 1], ceil_mode=1) or m.graph.ClearField("value_info") or _set_flat(m),
+        lambda m: (
+            _attribute(m, "pool", kernel_shape=[2, 2], strides=[2, 2], pads=[0, 0, 0, 1], ceil_mode=1) or m.graph.ClearField("value_info") or _set_flat(m)
+        ),
     ),
     "pool changes scale": (
         "passes-scale",
@@ -151,6 +159,118 @@ def test_a_broken_rule_is_named(name: str) -> None:
         QuantGraph.from_model(model)
     assert rule in {problem.rule for problem in caught.value.problems}, str(caught.value)
     assert all(problem.node and problem.found and problem.fix for problem in caught.value.problems)
+
+
+def _initialiser(model: onnx.ModelProto, name: str, position: int, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Changes the constant a node reads at `position`."""
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == _node(model, name).input[position])
+    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), tensor.name))
+
+
+def _first_is(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def change(array: np.ndarray) -> np.ndarray:
+        array = array.copy()
+        array.reshape(-1)[0] = value
+        return array
+
+    return change
+
+
+def _second_is_constant(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((1, 4, 5, 5), np.float32), "ones"))
+    _node(model, "mul").input[1] = "ones"
+
+
+# One file of tests/models each: rule, what the message says, what breaks it.
+OPERATOR_BREAKS: dict[str, tuple[str, str, str, Break]] = {
+    "transposes the batch": ("transpose", "attributes", "perm", lambda m: _attribute(m, "transpose", perm=[1, 0, 2, 3])),
+    "cuts the batch": ("slice", "attributes", "cuts the batch", lambda m: _initialiser(m, "slice", 3, _first_is(0))),
+    "step 0": ("slice", "onnx-checker", "", lambda m: _initialiser(m, "slice", 4, _first_is(0))),
+    "pads the batch": ("pad", "attributes", "along the batch", lambda m: _initialiser(m, "pad", 1, _first_is(1))),
+    "negative padding": ("pad", "attributes", "pads", lambda m: _initialiser(m, "pad", 1, lambda pads: np.where(pads == 3, -1, pads))),
+    "reflects": ("pad", "attributes", "reflect", lambda m: _attribute(m, "pad", mode="reflect")),
+    "pads with no number": ("pad_value", "attributes", "padding value", lambda m: _initialiser(m, "pad", 2, _first_is(np.nan))),
+    "squeezes the batch": ("squeeze", "attributes", "moves the batch", lambda m: _initialiser(m, "squeeze", 1, _first_is(0))),
+    "unsqueezes in front": ("unsqueeze", "attributes", "along the batch", lambda m: _initialiser(m, "unsqueeze", 1, _first_is(0))),
+    "expands the batch": ("expand", "attributes", "moves the batch", lambda m: _initialiser(m, "expand", 1, _first_is(2))),
+    "expands by an axis": ("expand", "attributes", "adds axes", lambda m: _initialiser(m, "expand", 1, lambda shape: np.array([1, *shape]))),
+    "gathers what is not there": ("gather", "attributes", "within 4", lambda m: _initialiser(m, "gather", 1, _first_is(4))),
+    "gathers samples": ("gather", "attributes", "along the batch", lambda m: _attribute(m, "gather", axis=0) or _initialiser(m, "gather", 1, np.zeros_like)),
+    "averages the batch": ("reduce_mean", "attributes", "along the batch", lambda m: _initialiser(m, "reducemean", 1, _first_is(0))),
+    "averages everything": ("reduce_mean_channels", "attributes", "every axis", lambda m: _node(m, "reducemean").input.pop() and None),
+    "block order": ("depth_to_space", "attributes", "mode 'RCD'", lambda m: _attribute(m, "depthtospace", mode="RCD")),
+    "cubic": ("resize_linear", "attributes", "cubic", lambda m: _attribute(m, "resize", mode="cubic")),
+    "cropping": ("resize_nearest", "attributes", "tf_crop", lambda m: _attribute(m, "resize", coordinate_transformation_mode="tf_crop_and_resize")),
+    "antialias": ("resize_linear", "attributes", "antialias", lambda m: _attribute(m, "resize", antialias=1)),
+    "resizes channels": ("resize_linear", "attributes", "resize space axes only", lambda m: _initialiser(m, "resize", 3, lambda sizes: sizes * [1, 2, 1, 1])),
+    "another gelu": ("gelu", "attributes", "approximate 'fast'", lambda m: _attribute(m, "gelu", approximate="fast")),
+    "infinite slope": ("leaky_relu", "attributes", "alpha is inf", lambda m: _attribute(m, "leakyrelu", alpha=float("inf"))),
+    "slope is no number": ("prelu", "attributes", "slope", lambda m: _initialiser(m, "prelu", 1, _first_is(np.nan))),
+    "a slope a column": ("prelu", "attributes", r"slopes of shape \[5\]", lambda m: _initialiser(m, "prelu", 1, lambda _: np.ones(5, np.float32))),
+    "output_shape": ("conv_transpose", "attributes", "output_shape", lambda m: _attribute(m, "convtranspose", output_shape=[7, 6])),
+    "too much output padding": (
+        "conv_transpose_stride", "attributes", "output_padding", lambda m: _attribute(m, "convtranspose", output_padding=[4, 0]),
+    ),
+    "transposed overflow": (
+        "conv_transpose", "accumulator-overflow", "a sum can reach", lambda m: _constant(m, "convtranspose_bias_int", np.full(3, 2**31 - 5, np.int32)),
+    ),
+    "a gate that is half an island": ("silu", "float-island", "Sigmoid", lambda m: _set_meta(m, ISLANDS_KEY, '["silu"]')),
+    "a constant factor": ("mul", "operand", "constant operand", _second_is_constant),
+    "parts of other scales": (
+        "split", "passes-scale", "Split turns scale",
+        lambda m: [_quantiser(m, f"split_out0_q_{part}quantise", 1, np.array(0.5, np.float32)) for part in ("", "de")] and None,
+    ),
+    "values beyond float32": (
+        "sigmoid", "quantiser-scale", "finite positive",
+        lambda m: [_quantiser(m, f"x_quantised_{part}quantise", 1, np.array(2.0**121, np.float32)) for part in ("", "de")] and None,
+    ),
+    "nothing of the reference": ("layer_norm_island", "float-island", "onnx's reference", lambda m: _initialiser(m, "island", 1, lambda gain: gain[:7])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATOR_BREAKS)
+def test_an_operator_outside_the_form_is_named(name: str) -> None:
+    file, rule, text, broke = OPERATOR_BREAKS[name]
+    model = onnx.load(next(path for path in MODELS if path.stem == file))
+    broke(model)
+    model.graph.ClearField("value_info")
+    for output in model.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    with pytest.raises(ProblemsError) as caught:
+        QuantGraph.from_model(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    assert rule in {problem.rule for problem in caught.value.problems}, str(caught.value)
+    assert re.search(text, str(caught.value)), str(caught.value)
+
+
+def test_a_product_of_activations_can_overflow() -> None:
+    writer = FormWriter()
+    x = writer.input("x", (1, 1, 131_073), scale=1.0)
+    writer.output(writer.batch_matmul(x, writer.transpose(x, (0, 2, 1)), scale=2.0**20), "y")
+    with pytest.raises(ProblemsError, match="accumulator-overflow"):
+        writer.graph()
+
+
+def test_a_number_without_axes_is_refused() -> None:
+    writer = FormWriter()
+    x = writer.dequantise(writer.input("x", (1, 4), scale=1.0))
+    writer.float_node("ReduceMean", [x], ["mean"], "mean", keepdims=0)
+    writer.float_output("mean")
+    with pytest.raises(ProblemsError, match="static-shape"):
+        writer.graph()
+
+
+def test_views_are_read_by_their_row() -> None:
+    rows = {"silu": "Silu", "batch_matmul": "BatchMatMul", "resize_linear": "ResizeLinear", "resize_nearest": "ResizeNearest", "matmul": "MatMul"}
+    for stem, row in rows.items():
+        graph = QuantGraph.load(next(path for path in MODELS if path.stem == stem))
+        assert row in {node.op for node in graph.nodes}, stem
+    split = next(node for node in QuantGraph.load(next(path for path in MODELS if path.stem == "split")).nodes if node.op == "Split")
+    assert (len(split.outputs), split.attributes) == (2, {"axis": 1, "sizes": [2, 3]})
+
+
+def test_every_operator_has_a_tiny_model() -> None:
+    shown = {node.op for path in MODELS for node in QuantGraph.load(path).nodes if node.kind == "int8"}
+    assert shown == set(OPS)
 
 
 def test_every_rule_is_broken_by_a_test() -> None:
@@ -200,30 +320,36 @@ def test_damaged_bytes_never_crash_the_reader(data: st.DataObject, tmp_path_fact
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_mutated_graphs_are_accepted_or_named(data: st.DataObject) -> None:
-    """Whatever `verify` accepts, the reference runs."""
+    """Whatever `verify` accepts, the reference runs, and a batch is its samples one by one."""
     model = onnx.load(data.draw(st.sampled_from(MODELS)))
     node = data.draw(st.sampled_from(list(model.graph.node)))
     names = [name for other in model.graph.node for name in other.input] + [""]
-    match data.draw(st.sampled_from(["rewire", "drop", "op", "attribute", "constant", "swap"])):
+    match data.draw(st.sampled_from(["rewire", "drop", "op", "attribute", "unset", "cut", "constant", "swap"])):
         case "rewire" if node.input:
             node.input[data.draw(st.integers(0, len(node.input) - 1))] = data.draw(st.sampled_from(names))
         case "drop":
             model.graph.node.remove(node)
         case "op":
-            node.op_type = data.draw(
-                st.sampled_from(["Conv", "Gemm", "Relu", "Clip", "Add", "MaxPool", "AveragePool", "Concat", "Flatten", "Reshape", "Softmax", "Identity"])
-            )
+            node.op_type = data.draw(st.sampled_from(sorted(OPERATORS)))
         case "attribute" if node.attribute:
             attribute = data.draw(st.sampled_from(list(node.attribute)))
             attribute.i = data.draw(st.integers(-3, 3))
+            attribute.f = data.draw(st.sampled_from([0.0, -1.5, 1e30, np.nan, np.inf]))
+            attribute.s = data.draw(st.sampled_from([b"", b"linear", b"nearest", b"cubic", b"asymmetric", b"tanh", b"CRD", b"reflect", b"\xff"]))
             if attribute.ints:
-                attribute.ints[0] = data.draw(st.integers(-3, 5))
+                attribute.ints[data.draw(st.integers(0, len(attribute.ints) - 1))] = data.draw(st.integers(-3, 5))
+        case "unset" if node.attribute:
+            del node.attribute[data.draw(st.integers(0, len(node.attribute) - 1))]
+        case "cut" if node.input:
+            del node.input[data.draw(st.integers(0, len(node.input) - 1)) :]
         case "constant" if model.graph.initializer:
             tensor = data.draw(st.sampled_from(list(model.graph.initializer)))
             array = numpy_helper.to_array(tensor).copy()
             if array.size:
-                array.reshape(-1)[0] = (
-                    data.draw(st.integers(-128, 127)) if array.dtype.kind == "i" else data.draw(st.sampled_from([0.0, -1.0, np.nan, np.inf, 2.0**-3, 0.3]))
+                array.reshape(-1)[data.draw(st.integers(0, array.size - 1))] = (
+                    data.draw(st.integers(-128, 127) | st.integers(-3, 3))
+                    if array.dtype.kind == "i"
+                    else data.draw(st.sampled_from([0.0, -1.0, np.nan, np.inf, 2.0**-3, 0.3]))
                 )
                 tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
         case "swap" if len(model.graph.node) > 1:
@@ -237,5 +363,13 @@ def test_mutated_graphs_are_accepted_or_named(data: st.DataObject) -> None:
     except ProblemsError as error:
         assert all(problem.node and problem.rule in RULES for problem in error.problems), str(error)
         return
-    values = reference.run(graph, {spec.name: np.ones(spec.shape, spec.dtype) for spec in graph.inputs})
+    random = np.random.default_rng(0)
+    two = {spec.name: random.integers(-128, 128, (2 * spec.shape[0], *spec.shape[1:])).astype(spec.dtype) for spec in graph.inputs}
+    single = [
+        reference.run(graph, {spec.name: two[spec.name][index * spec.shape[0] : (index + 1) * spec.shape[0]] for spec in graph.inputs}) for index in range(2)
+    ]
+    values = reference.run(graph, two)
     assert set(values) == {spec.name for spec in graph.outputs}
+    for spec in graph.outputs:
+        assert single[0][spec.name].shape == spec.shape
+        np.testing.assert_allclose(values[spec.name], np.concatenate([part[spec.name] for part in single]), rtol=1e-6)
