@@ -178,7 +178,7 @@ def matmul_accumulate(x: np.ndarray, zero_point: int, weight: np.ndarray, bias: 
 
 def max_pool(x: np.ndarray, out: Sequence[int], kernel: Sequence[int], strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int]) -> np.ndarray:
     """x int8 (N, C, *space) -> int8 (N, C, *out). Padding lies below every input, so it never wins. `out` decides ceil_mode."""
-    padded = _pad(x, _pads_to_fill(x.shape[2:], out, kernel, strides, pads, dilations), INT8_MIN)
+    padded = _pad(x, pads_to_fill(x.shape[2:], out, kernel, strides, pads, dilations), INT8_MIN)
     windows = (_window(padded, offset, out, strides, dilations) for offset in product(*(range(extent) for extent in kernel)))
     result = next(windows).copy()
     for window in windows:
@@ -201,7 +201,7 @@ def average_pool(
     A cell that only ceil_mode added beyond the padding is never counted; a padded one is where `count_include_pad` says so.
     """
     rank = len(kernel)
-    filled = _pads_to_fill(x.shape[2:], out, kernel, strides, pads, dilations)
+    filled = pads_to_fill(x.shape[2:], out, kernel, strides, pads, dilations)
     values = _pad(x.astype(np.float64) - zero_point, filled, 0.0)
     cells = np.ones((1, 1, *x.shape[2:]))
     if count_include_pad:
@@ -215,7 +215,7 @@ def average_pool(
     return total, count
 
 
-def _pads_to_fill(
+def pads_to_fill(
     space: Sequence[int], out: Sequence[int], kernel: Sequence[int], strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int]
 ) -> list[int]:
     """`pads` with the ends grown so that the last window lies inside (ceil_mode lets it hang over)."""

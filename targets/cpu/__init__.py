@@ -27,6 +27,7 @@ FLOAT_OPS = frozenset(
         *("Softmax", "LogSoftmax", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Elu", "Selu", "LeakyRelu", "Softplus", "Softsign", "Gelu", "Erf", "Exp"),
         *("Log", "Sqrt", "Reciprocal", "Abs", "Neg", "Relu", "Clip", "Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Concat", "Flatten", "Reshape"),
         *("Transpose", "ReduceMean", "ReduceSum", "ReduceMax", "LayerNormalization", "MatMul", "Gemm"),
+        *("Conv", "MaxPool", "AveragePool", "GlobalAveragePool"),
     }
 )
 

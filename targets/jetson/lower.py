@@ -11,14 +11,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
-from isthmus.graph import IR_VERSION, QuantGraph, QuantNode
+from isthmus.graph import QuantGraph, QuantNode
+from isthmus.onnx_writer import OnnxWriter
 from isthmus.spec import TensorSpec
 
 TENSORRT_OPSET = 20
@@ -39,16 +40,13 @@ def end_pads(graph: QuantGraph, node: QuantNode) -> list[int]:
     return [*begins, *(max(end, need - extent - begin) for end, need, extent, begin in zip(ends, needed, space, begins, strict=True))]
 
 
-class _Lowering:
+class _Lowering(OnnxWriter):
     """One pass over the nodes; tensors keep their names, `<name>_real` is the float value of an int8 tensor."""
 
     def __init__(self, graph: QuantGraph) -> None:
+        super().__init__(graph.tensors)
         self.graph = graph
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: dict[str, onnx.TensorProto] = {}
-        self.node_names: set[str] = set()
         self.real: dict[str, str] = {}  # int8 tensor -> its float value
-        self.taken = {*graph.tensors}
 
     def model(self) -> onnx.ModelProto:
         for node in self.graph.nodes:
@@ -59,10 +57,7 @@ class _Lowering:
         inputs, outputs = (
             [helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, list(spec.shape)) for spec in side] for side in (self.graph.inputs, self.graph.outputs)
         )
-        body = helper.make_graph(self.nodes, "isthmus_jetson", inputs, outputs, list(self.constants.values()))
-        model = helper.make_model(body, opset_imports=[helper.make_opsetid("", TENSORRT_OPSET)], ir_version=IR_VERSION, producer_name="isthmus")
-        onnx.checker.check_model(model)
-        return model
+        return self.finish("isthmus_jetson", inputs, outputs, TENSORRT_OPSET)
 
     # ---- border and float islands
     def quantise_border(self, node: QuantNode) -> None:
@@ -70,14 +65,11 @@ class _Lowering:
 
     def dequantise_border(self, node: QuantNode) -> None:
         """A DequantizeLinear of its own: the border's name is fixed."""
-        self._emit("DequantizeLinear", [node.inputs[0], *self._scale_and_zero(self.graph.tensors[node.inputs[0]])], node.output, node.name)
+        self.emit("DequantizeLinear", [node.inputs[0], *self._scale_and_zero(self.graph.tensors[node.inputs[0]])], node.output, node.name)
 
     def _float(self, node: QuantNode) -> None:
-        inputs = list(node.inputs)
-        for position in sorted(node.constants):
-            inputs.extend([""] * (position - len(inputs)))  # an optional input that is left out
-            inputs.insert(position, self._constant(f"{node.output}_constant_{position}", node.constants[position]))
-        self._node(node.op, inputs, node.outputs, node.name, node.attributes)
+        inputs = self.float_inputs(node, node.inputs)
+        self.node(node.op, inputs, node.outputs, node.name, node.attributes)
 
     # ---- int8 operators: DequantizeLinear -> operator -> (Relu | Clip) -> QuantizeLinear
     def conv(self, node: QuantNode) -> None:
@@ -92,10 +84,10 @@ class _Lowering:
     def _weighted(self, node: QuantNode, axis: int, attributes: dict[str, Any]) -> None:
         assert node.weight is not None and node.weight_scale is not None  # rule "weight" of the form
         scale = node.weight_scale.reshape(()) if node.weight_scale.size == 1 else node.weight_scale
-        inputs = [self._real(node.inputs[0]), self._real_weight(f"{node.output}_weight", node.weight, scale, axis)]
+        inputs = [self._real(node.inputs[0]), self.real_constant(f"{node.output}_weight", node.weight, scale, 0, axis)]
         if node.bias is not None:
             step = np.float32(self.graph.tensors[node.inputs[0]].scale) * scale
-            inputs.append(self._constant(f"{node.output}_bias", (node.bias * step.astype(np.float64)).astype(np.float32)))
+            inputs.append(self.constant(f"{node.output}_bias", (node.bias * step.astype(np.float64)).astype(np.float32)))
         self._group(node, inputs, attributes)
 
     def pool(self, node: QuantNode) -> None:
@@ -111,8 +103,8 @@ class _Lowering:
         self._group(node, [self._real(name) for name in node.inputs], dict(node.attributes))
 
     def reshape(self, node: QuantNode) -> None:
-        shape = self._constant(f"{node.output}_shape", np.array(self.graph.tensors[node.output].shape, np.int64))
-        value = self._emit("Reshape", [self._real(node.inputs[0]), shape], self._fresh(f"{node.output}_value"), node.name)
+        shape = self.constant(f"{node.output}_shape", np.array(self.graph.tensors[node.output].shape, np.int64))
+        value = self.emit("Reshape", [self._real(node.inputs[0]), shape], self.fresh(f"{node.output}_value"), node.name)
         self._quantise(value, node.output)
 
     def clip(self, node: QuantNode) -> None:
@@ -123,7 +115,7 @@ class _Lowering:
 
     # ---- parts
     def _group(self, node: QuantNode, inputs: list[str], attributes: dict[str, Any]) -> None:
-        value = self._emit(node.op, inputs, self._fresh(f"{node.output}_value"), node.name, **attributes)
+        value = self.emit(node.op, inputs, self.fresh(f"{node.output}_value"), node.name, **attributes)
         if node.activation:
             value = self._activation(value, node, node.activation, f"{node.name}_{node.activation}")
         self._quantise(value, node.output)
@@ -132,54 +124,21 @@ class _Lowering:
         bounds = []
         if kind == "Clip":
             given = enumerate(node.activation_range)
-            bounds = [self._constant(f"{node.output}_bound_{i}", np.array(bound, np.float32)) if np.isfinite(bound) else "" for i, bound in given]
+            bounds = [self.constant(f"{node.output}_bound_{i}", np.array(bound, np.float32)) if np.isfinite(bound) else "" for i, bound in given]
             bounds = bounds[: max((i + 1 for i, bound in enumerate(bounds) if bound), default=0)]  # no empty inputs at the end
-        return self._emit(kind, [value, *bounds], self._fresh(f"{node.output}_active"), name)
+        return self.emit(kind, [value, *bounds], self.fresh(f"{node.output}_active"), name)
 
     def _quantise(self, value: str, tensor: str) -> None:
-        self._emit("QuantizeLinear", [value, *self._scale_and_zero(self.graph.tensors[tensor])], tensor)
+        self.emit("QuantizeLinear", [value, *self._scale_and_zero(self.graph.tensors[tensor])], tensor)
 
     def _real(self, tensor: str) -> str:
         """The float value of an int8 tensor: one DequantizeLinear, shared by its readers."""
         if tensor not in self.real:
-            self.real[tensor] = self._emit("DequantizeLinear", [tensor, *self._scale_and_zero(self.graph.tensors[tensor])], self._fresh(f"{tensor}_real"))
+            self.real[tensor] = self.emit("DequantizeLinear", [tensor, *self._scale_and_zero(self.graph.tensors[tensor])], self.fresh(f"{tensor}_real"))
         return self.real[tensor]
 
-    def _real_weight(self, name: str, weight: np.ndarray, scale: np.ndarray, axis: int) -> str:
-        parts = [self._constant(name, weight), self._constant(f"{name}_scale", scale), self._constant(f"{name}_zero", np.zeros(scale.shape, np.int8))]
-        attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
-        return self._emit("DequantizeLinear", parts, self._fresh(f"{name}_real"), **attributes)
-
     def _scale_and_zero(self, spec: TensorSpec) -> tuple[str, str]:
-        return self._constant(f"{spec.name}_scale", np.array(spec.scale, np.float32)), self._constant("zero", np.array(0, np.int8))
-
-    def _constant(self, name: str, array: np.ndarray) -> str:
-        """An initialiser, one for all that ask for the same name."""
-        unique = f"constant/{name}"
-        if unique not in self.constants:
-            self.taken.add(unique)
-            self.constants[unique] = numpy_helper.from_array(np.asarray(array, order="C"), unique)
-        return unique
-
-    def _fresh(self, name: str) -> str:
-        return _unique(name, self.taken)
-
-    def _emit(self, op: str, inputs: Sequence[str], output: str, name: str = "", **attributes: Any) -> str:
-        self._node(op, inputs, [output], name or f"{output}_{op}", attributes)
-        return output
-
-    def _node(self, op: str, inputs: Sequence[str], outputs: Sequence[str], name: str, attributes: Mapping[str, Any]) -> None:
-        """Node names are made unique: ONNX does not ask for it, but TensorRT's messages name nodes."""
-        self.nodes.append(helper.make_node(op, list(inputs), list(outputs), _unique(name, self.node_names), **attributes))
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    candidate, count = name, 1
-    while candidate in taken:
-        count += 1
-        candidate = f"{name}_{count}"
-    taken.add(candidate)
-    return candidate
+        return self.constant(f"{spec.name}_scale", np.array(spec.scale, np.float32)), self.constant("zero", np.array(0, np.int8))
 
 
 # The operator table of the target: what stands here is what `check` accepts.
