@@ -19,6 +19,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from isthmus.graph import QuantGraph, QuantNode
+from isthmus.kernels import pads_to_fill
 from isthmus.onnx_writer import OnnxWriter
 from isthmus.spec import TensorSpec
 
@@ -34,10 +35,7 @@ def end_pads(graph: QuantGraph, node: QuantNode) -> list[int]:
     """The pads of a pool without ceil_mode: every begin, then every end, grown so that the last window lies inside."""
     a = node.attributes
     space, out = graph.tensors[node.inputs[0]].shape[2:], graph.tensors[node.output].shape[2:]
-    rank = len(space)
-    begins, ends = a["pads"][:rank], a["pads"][rank:]
-    needed = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(out, a["strides"], a["kernel_shape"], a["dilations"], strict=True)]
-    return [*begins, *(max(end, need - extent - begin) for end, need, extent, begin in zip(ends, needed, space, begins, strict=True))]
+    return pads_to_fill(space, out, a["kernel_shape"], a["strides"], a["pads"], a["dilations"])
 
 
 class _Lowering(OnnxWriter):
