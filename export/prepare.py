@@ -8,6 +8,7 @@ writes is standard ONNX); `export/rewrites` holds the few exact rewrites it does
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -19,11 +20,13 @@ from onnx_ir.passes import common
 from isthmus.errors import IsthmusError
 from isthmus.export.accept import DEFAULT_DOMAINS, accept, check_valid, default_opset, first_line, has_quantisers, opset_imports
 from isthmus.export.rewrites import EXACT_REWRITES
+from isthmus.export.rewrites._edit import NodeRewrite
 from isthmus.export.shapes import Shapes, drop_constant_inputs, fix_input_shapes, infer_shapes, require_static
 from isthmus.graph import IR_VERSION, OPSET
 
 # Undone by hand otherwise: for a product of rank 3 and more it merges the batch into the rows, which the form forbids.
 DISABLED_OPTIMISERS = ["MatMulAddFusion"]
+MOST_ROUNDS = 100  # each changes something; a chain of n affine nodes takes n
 SILENT = 4  # ONNX Runtime's log level "fatal": its warnings about the model are not the user's
 
 
@@ -97,11 +100,12 @@ def optimise(model: onnx.ModelProto) -> onnx.ModelProto:
     return optimised
 
 
-def rewrite_exactly(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Every rewrite of `export/rewrites` until nothing changes, then clean names and shapes."""
+def rewrite_exactly(model: onnx.ModelProto, rewrites: Sequence[type[NodeRewrite]] = EXACT_REWRITES) -> onnx.ModelProto:
+    """Every one of `rewrites` until nothing changes, then clean names and shapes; the argument is not changed. The model is of opset 20."""
     graph = ir.serde.deserialize_model(infer_shapes(model))
     tidy = [common.RemoveUnusedNodesPass(), common.NameFixPass(), common.ClearMetadataAndDocStringPass()]
-    passes = ir.passes.Sequential(ir.passes.PassManager([rewrite() for rewrite in EXACT_REWRITES], steps=8, early_stop=True), *tidy)
+    rounds = [*(rewrite() for rewrite in rewrites), common.RemoveUnusedNodesPass()]  # what is no longer read must not count as a reader
+    passes = ir.passes.Sequential(ir.passes.PassManager(rounds, steps=MOST_ROUNDS, early_stop=True), *tidy)
     rewritten = ir.serde.serialize_model(passes(graph).model)
     name_nodes(rewritten)
     inferred = infer_shapes(rewritten)

@@ -65,8 +65,18 @@ def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
-def new_node(op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any], name: str | None) -> ir.Node:
-    return ir.node(op, list(inputs), dict(attributes), name=name)
+def new_node(op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any], name: str | None, shape: Sequence[int] | None = None) -> ir.Node:
+    """A node not yet in a graph. `shape`, of a float32 result, is for a result that no old value hands its own shape to (see `replace`)."""
+    node = ir.node(op, list(inputs), dict(attributes), name=name)
+    if shape is not None:
+        node.outputs[0].shape = ir.Shape(shape)
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    return node
+
+
+def label_of(node: ir.Node) -> str:
+    """What the constants made for a node are named after."""
+    return node.name or node.outputs[0].name or node.op_type
 
 
 def replace(graph: ir.Graph, old: Sequence[ir.Node], new: Sequence[ir.Node]) -> None:
@@ -75,7 +85,12 @@ def replace(graph: ir.Graph, old: Sequence[ir.Node], new: Sequence[ir.Node]) -> 
 
 
 def affine(node: ir.Node) -> tuple[ir.Value, np.ndarray, np.ndarray | None] | None:
-    """(x, factor [C], shift [C] or None) where the node computes x * factor + shift with constants along axis 1; else None."""
+    """(x, factor [C], shift [C] or None) where the node computes x * factor + shift with constants along axis 1; else None.
+
+    A BatchNormalization outside training is one too.
+    """
+    if node.op_type == "BatchNormalization":
+        return _normalisation(node)
     if node.op_type not in ("Mul", "Div", "Add", "Sub") or len(node.inputs) != 2:
         return None
     position = 1 if constant(node.inputs[1]) is not None else 0
@@ -94,6 +109,18 @@ def affine(node: ir.Node) -> tuple[ir.Value, np.ndarray, np.ndarray | None] | No
     if node.op_type == "Add":
         return source, one, values
     return (source, one, -values) if position == 1 else (source, -one, values)
+
+
+def _normalisation(node: ir.Node) -> tuple[ir.Value, np.ndarray, np.ndarray] | None:
+    given, shape = attributes_of(node), static_shape(node.inputs[0])
+    parameters = [constant(value) for value in node.inputs[1:5]]
+    if shape is None or len(shape) < 2 or given.get("training_mode", 0) or any(output.uses() for output in node.outputs[1:]):
+        return None
+    if len(parameters) != 4 or any(array is None for array in parameters):
+        return None
+    gamma, beta, mean, variance = (np.asarray(array, np.float64) for array in parameters)
+    factor = gamma / np.sqrt(variance + given.get("epsilon", 1e-5))
+    return node.inputs[0], factor, beta - mean * factor  # type: ignore[return-value]  # the input of a BatchNormalization is not optional
 
 
 def _along_channels(held: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:

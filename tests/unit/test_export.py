@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from isthmus import reference
 from isthmus.errors import IsthmusError, ProblemsError, VerificationError
+from isthmus.export import draft
 from isthmus.export.check import check_equal
 from isthmus.export.prepare import prepare_float
 from isthmus.export.to_graph import graph_from_qdq
@@ -350,7 +351,12 @@ def same(model: onnx.ModelProto, graph: QuantGraph, shape: tuple[int, ...]) -> N
             assert steps.max() < 1.01 and (steps > 0.5).mean() < 0.02
 
 
-@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def _is_written_by_export(path: Path) -> bool:
+    """Whether export has a row for every operator: what it has none for comes back as a float island."""
+    return all(node.op in {*draft._FITS, draft.REQUANTISE, "Softmax"} for node in QuantGraph.load(path).nodes if node.kind != "border")
+
+
+@pytest.mark.parametrize("path", list(filter(_is_written_by_export, MODELS)), ids=lambda path: path.stem)
 def test_a_form_without_its_metadata_comes_back_as_the_same_program(path: Path) -> None:
     model = load_onnx(path)
     own = QuantGraph.from_model(model)
