@@ -96,7 +96,8 @@ def compile_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A .onnx (float or int8), a .pt2, package.module:factory, or zoo:NAME.")],
     targets: Targets = None,
     data: Annotated[Path | None, typer.Option("--data", help="Calibration samples: .npz, .npy or a folder of images.")] = None,
-    recipe: Annotated[str, typer.Option("--recipe", help="How to quantise: a name or a .toml file.")] = "portable",
+    recipe: Annotated[str, typer.Option("--recipe", help="How to quantise: a name, a .toml file, or auto.")] = "portable",
+    max_drop: Annotated[float | None, typer.Option("--max-drop", help="With --recipe auto: how much accuracy int8 may cost (0.005 is half a point).")] = None,
     output: Output = Path("bundle"),
     shape: Annotated[list[str] | None, typer.Option("--shape", help="NAME=1,3,224,224 for an input with dynamic dimensions.")] = None,
     preprocess: Annotated[str | None, typer.Option("--preprocess", help="How pixels become input, e.g. scale=1/255,mean=0.5,std=0.5.")] = None,
@@ -114,6 +115,7 @@ def compile_command(
         targets=targets or ["cpu"],
         data=data,
         recipe=recipe,
+        max_drop=max_drop,
         shapes=_shapes(shape or []),
         preprocess=preprocess,
         options=dict(_pair(word, "--set") for word in set_option or []),
@@ -258,6 +260,34 @@ def cost(
         _print_json({"convention": convention, "count": result.count(convention)} | result.to_json())
     else:
         print(cost_table(result, convention, layers))
+
+
+@app.command()
+def sensitivity(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A float model, as for 'compile'.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Samples, with labels where there are any: .npz, .npy or a folder of images.")] = None,
+    metric: Annotated[str, typer.Option("--metric", help="What layers are ranked by: sqnr or top1.")] = "sqnr",
+    recipe: Annotated[str, typer.Option("--recipe", help="How to quantise: a name or a .toml file.")] = "portable",
+    samples: Annotated[int, typer.Option("--samples", help="How many samples each of the graphs runs on.")] = 64,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a page with the drawing here (.html).")] = None,
+    shape: Annotated[list[str] | None, typer.Option("--shape", help="NAME=1,3,224,224 for an input with dynamic dimensions.")] = None,
+    preprocess: Annotated[str | None, typer.Option("--preprocess", help="How pixels become input, e.g. scale=1/255,mean=0.5,std=0.5.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What each layer costs in int8: one layer at a time in int8, and one at a time left float."""
+    from isthmus.report.sensitivity import render_sensitivity
+    from isthmus.sensitivity_model import sensitivity_of, sensitivity_table
+
+    with Console(quiet=as_json) as console:
+        result = sensitivity_of(model, data, recipe=recipe, metric=metric, samples=samples, shapes=_shapes(shape or []), preprocess=preprocess, say=console.say)
+    if output is not None:
+        output.write_text(render_sensitivity(model, result.to_json()), encoding="utf-8")
+    if as_json:
+        _print_json(result.to_json())
+        return
+    print(sensitivity_table(result))
+    if output is not None:
+        print(f"\npage: {_shown(output)}")
 
 
 # ---- what there is

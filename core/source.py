@@ -29,13 +29,15 @@ Say = Callable[[str, float | None], None]
 class Source:
     """A model as brought: `graph` where it is int8 already, else `float_model`; a network that was trained here with its rounding brings both.
 
-    `calibration` and `evaluation` are data that came with the model (a zoo system's own splits), None for a user's file.
+    `calibration`, `selection` (what a choice among recipes may look at) and `evaluation` (what accuracy is reported on) are data that came
+    with the model (a zoo system's training, validation and test part), None for a user's file.
     """
 
     name: str
     float_model: onnx.ModelProto | None = None
     graph: QuantGraph | None = None
     calibration: Dataset | None = None
+    selection: Dataset | None = None
     evaluation: Dataset | None = None
     notes: tuple[str, ...] = ()
 

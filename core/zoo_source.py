@@ -52,6 +52,7 @@ def zoo_source(reference: str, recipe: Recipe, say: Say) -> Source:
         float_model=prepare_float(_float_onnx(module, _example(system, preset)), {}),
         graph=graph,
         calibration=Dataset({INPUT: split.x_train}, split.y_train, f"{system.name}: training part"),
+        selection=Dataset({INPUT: split.x_val}, split.y_val, f"{system.name}: validation part"),
         evaluation=Dataset({INPUT: split.x_test}, split.y_test, f"{system.name}: test part"),
         notes=tuple(notes),
     )

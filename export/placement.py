@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the quantisers of a float graph go: which nodes are int8, which values that quantises, and which of them share one scale.
 
-Layers with weights are always int8 where the form has them. Operators without weights follow their neighbours: between float islands
-they stay float, as quantising there would only lose accuracy. Values joined by an operator that keeps the scale
+Layers with weights are int8 where the form has them and the recipe does not keep them float. Operators without weights follow their
+neighbours: between float islands they stay float, as quantising there would only lose accuracy. Values joined by an operator that keeps the scale
 (MaxPool, Reshape, Concat, ...) form a group with one scale.
 """
 
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from isthmus.errors import Problem, ProblemsError
+from isthmus.errors import IsthmusError, Problem, ProblemsError
 from isthmus.export.draft import activations, bounds, fits_int8, follower, is_weighted, passes_scale
+from isthmus.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,19 @@ class Placement:
     sources: tuple[str, ...]
 
 
-def place(model: ir.Model) -> Placement:
-    """The placement for a prepared float graph. Raises `ProblemsError` where no layer with weights can be int8."""
+def place(model: ir.Model, recipe: Recipe | None = None) -> Placement:
+    """The placement for a prepared float graph; layers that the recipe keeps float are islands. Raises `ProblemsError` where no layer with
+    weights can be int8, `IsthmusError` where a pattern of the recipe matches no layer.
+    """
     nodes = list(model.graph)
-    int8 = _int8_nodes(nodes)
+    kept = _kept_float(nodes, recipe) if recipe is not None else frozenset()
+    int8 = _int8_nodes(nodes, kept)
     if not any(is_weighted(node) for node in nodes if node.name in int8):
         found = f"none of its {len(nodes)} nodes is a layer with weights that int8 has (Conv, Gemm, MatMul by a constant)"
+        if kept:
+            found = f"the recipe keeps {len(kept)} of its {len(nodes)} nodes float, and none of the others is a layer with weights that int8 has"
         raise ProblemsError("nothing to quantise", [Problem("model", "nothing-to-quantise", found, "give a network, or run it as float")])
-    fused = {name: reader for name, node in int8.items() if (reader := follower(node)) is not None}
+    fused = {name: reader for name, node in int8.items() if (reader := _fused(node, kept)) is not None}
     groups: dict[str, str] = {}
     sources: list[str] = []
     for name, node in int8.items():
@@ -57,9 +63,23 @@ def value_name(value: ir.Value) -> str:
     return value.name or ""
 
 
-def _int8_nodes(nodes: list[ir.Node]) -> dict[str, ir.Node]:
+def _kept_float(nodes: list[ir.Node], recipe: Recipe) -> frozenset[str]:
+    names = [str(node.name) for node in nodes]
+    unmatched = recipe.unmatched(names)
+    if unmatched:
+        some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise IsthmusError(f"recipe {recipe.name}: pattern {unmatched[0]!r} matches no layer of the prepared model; its layers are {some}")
+    return frozenset(name for name in names if recipe.keeps_float(name))
+
+
+def _fused(node: ir.Node, kept: frozenset[str]) -> ir.Node | None:
+    reader = follower(node)
+    return reader if reader is not None and str(reader.name) not in kept else None
+
+
+def _int8_nodes(nodes: list[ir.Node], kept: frozenset[str]) -> dict[str, ir.Node]:
     """By name, in order: layers with weights, what is joined to them in either direction, without fused followers."""
-    able = [node for node in nodes if fits_int8(node)]
+    able = [node for node in nodes if fits_int8(node) and str(node.name) not in kept]
     chosen = {str(node.name): node for node in able if is_weighted(node)}
     while True:
         before = len(chosen)
@@ -75,7 +95,7 @@ def _int8_nodes(nodes: list[ir.Node]) -> dict[str, ir.Node]:
     while lonely := [name for name, node in chosen.items() if _is_lonely(node, chosen)]:
         for name in lonely:
             del chosen[name]
-    absorbed = {str(reader.name) for node in chosen.values() if (reader := follower(node)) is not None}
+    absorbed = {str(reader.name) for node in chosen.values() if (reader := _fused(node, kept)) is not None}
     return {str(node.name): node for node in nodes if str(node.name) in chosen and str(node.name) not in absorbed}
 
 

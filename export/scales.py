@@ -46,7 +46,7 @@ def is_power_of_two(scale: float) -> bool:
 
 
 def quantise_weight(weight: np.ndarray, axis: int, recipe: Recipe, bias: np.ndarray | None = None, input_scale: float = 1.0) -> Weight:
-    """int8 in [-127, 127], per tensor or per output channel (`axis`) as the recipe says.
+    """int8 in [-127, 127] (or the fewer steps of `recipe.weight_bits`), per tensor or per output channel (`axis`) as the recipe says.
 
     Where a bias would not fit int32 at scale input x weight (a channel whose weights are nearly zero), the weight's scale is widened
     until it does. Power-of-two scales are the better of two neighbours by squared error.
@@ -54,10 +54,11 @@ def quantise_weight(weight: np.ndarray, axis: int, recipe: Recipe, bias: np.ndar
     rows = np.moveaxis(np.asarray(weight, np.float64), axis, 0).reshape(weight.shape[axis], -1)
     if not recipe.per_channel:
         rows = rows.reshape(1, -1)
+    limit = min(WEIGHT_LIMIT, 2 ** (recipe.weight_bits - 1) - 1)
     peak = np.abs(rows).max(axis=1, initial=0.0)
-    scale = peak / WEIGHT_LIMIT
+    scale = peak / limit
     if recipe.scheme == "power_of_two":
-        scale = np.array([_better_power(row, step) for row, step in zip(rows, scale, strict=True)])
+        scale = np.array([_better_power(row, step, limit) for row, step in zip(rows, scale, strict=True)])
     usable = scale[peak > SMALLEST_RANGE]
     scale = np.where(peak > SMALLEST_RANGE, scale, usable.max() if usable.size else DEFAULT_SCALE)
     if bias is not None:
@@ -70,12 +71,12 @@ def quantise_weight(weight: np.ndarray, axis: int, recipe: Recipe, bias: np.ndar
     shape = [1] * weight.ndim
     shape[axis] = scale.size
     steps = np.rint(np.asarray(weight, np.float64) / scale.astype(np.float64).reshape(shape if scale.size > 1 else ()))
-    return Weight(np.clip(steps, -WEIGHT_LIMIT, WEIGHT_LIMIT).astype(np.int8), scale)
+    return Weight(np.clip(steps, -limit, limit).astype(np.int8), scale)
 
 
-def _better_power(row: np.ndarray, scale: float) -> float:
+def _better_power(row: np.ndarray, scale: float, limit: int) -> float:
     """The power of two that clips nothing, or half of it where clipping a few large weights costs less than the coarser steps."""
     if scale <= 0:
         return 0.0
     above = power_of_two_above(scale)
-    return min((above, above / 2), key=lambda step: float(np.square(np.clip(np.rint(row / step), -WEIGHT_LIMIT, WEIGHT_LIMIT) * step - row).sum()))
+    return min((above, above / 2), key=lambda step: float(np.square(np.clip(np.rint(row / step), -limit, limit) * step - row).sum()))

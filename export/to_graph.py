@@ -29,20 +29,30 @@ from isthmus.recipe import Recipe
 Ranges = Mapping[str, tuple[float, float]]
 
 
-def tensors_to_calibrate(model: onnx.ModelProto) -> tuple[str, ...]:
+def tensors_to_calibrate(model: onnx.ModelProto, recipe: Recipe | None = None) -> tuple[str, ...]:
     """The tensors of a prepared float model whose ranges `graph_from_ranges` needs, in the model's order."""
-    return place(ir.serde.deserialize_model(model)).sources
+    return place(ir.serde.deserialize_model(model), recipe).sources
 
 
-def graph_from_ranges(model: onnx.ModelProto, ranges: Ranges, recipe: Recipe) -> QuantGraph:
+def layers_with_weights(model: onnx.ModelProto) -> tuple[str, ...]:
+    """The names of the layers that are int8 unless a recipe keeps them float, in the model's order."""
+    graph = ir.serde.deserialize_model(model)
+    int8 = place(graph).int8_nodes
+    return tuple(str(node.name) for node in graph.graph if node.name in int8 and is_weighted(node))
+
+
+def graph_from_ranges(model: onnx.ModelProto, ranges: Ranges, recipe: Recipe, corrections: Mapping[str, np.ndarray] | None = None) -> QuantGraph:
     """A prepared float model (`prepare_float`) in int8 form, quantised by `recipe` with the measured range of each tensor.
 
+    `corrections` are added to biases, by layer name, one number an output channel; they change no other integer and no scale.
     Raises `IsthmusError` where a range is missing or not finite, `ProblemsError` where no layer can be int8 or a rule of the form breaks.
     """
     graph = ir.serde.deserialize_model(model)
-    placement = place(graph)
+    placement = place(graph, recipe)
     draft = Draft(graph, set(placement.int8_nodes), dict(placement.fused), _steps(placement, ranges, recipe))
     _quantise_weights(draft, recipe)
+    for name, correction in (corrections or {}).items():
+        draft.biases[name] = draft.biases.get(name, 0.0) + np.asarray(correction, np.float64)
     return emit(draft, recipe)
 
 
@@ -106,7 +116,7 @@ def _quantise_weights(draft: Draft, recipe: Recipe) -> None:
             problems.append(Problem(name, "finite-weights", "its weight or bias holds NaN or infinity", "train or export the model again"))
             continue
         input_scale = draft.steps[str(node.inputs[0].name)].scale if node.inputs[0] is not None else 1.0
-        draft.weights[name] = quantise_weight(weight, OPS[node.op_type].weight_axis or 0, recipe, bias, input_scale)
+        draft.weights[name] = quantise_weight(weight, OPS[node.op_type].weight_axis or 0, recipe.for_layer(name), bias, input_scale)
         if bias is not None:
             draft.biases[name] = bias.astype(np.float64)
     if problems:

@@ -27,24 +27,39 @@ def calibrate(model: onnx.ModelProto, data: Arrays, recipe: Recipe, tensors: Col
     is drawn with `recipe.seed`. `progress(done, total)` is called after each run. Raises `IsthmusError` where the data does not fit the
     model's inputs or is not finite.
     """
-    shapes = _input_shapes(model)
-    runs = _Runs(shapes, _checked(shapes, data), recipe)
+    shapes = input_shapes(model)
+    runs = CalibrationRuns(shapes, checked_data(shapes, data), recipe)
     wanted = list(dict.fromkeys(_activations(model) if tensors is None else tensors))
-    session = _session(model, [name for name in wanted if name not in shapes])
+    session = open_with_outputs(model, [name for name in wanted if name not in shapes])
     collectors = {name: RangeCollector() for name in wanted}
+    own = _recipes_of_tensors(model, recipe)
     passes: list[Callable[[RangeCollector, np.ndarray], None]] = [RangeCollector.measure]
-    if recipe.observer != "minmax" or recipe.scheme == "power_of_two":
+    if recipe.scheme == "power_of_two" or any(used.observer != "minmax" for used in (recipe, *own.values())):
         passes.append(RangeCollector.count)
     for number, see in enumerate(passes):
         for done, feeds in enumerate(runs, start=1):
-            for name, values in _values(session, wanted, feeds).items():
+            for name, values in tensor_values(session, wanted, feeds).items():
                 see(collectors[name], values)
             if progress is not None:
                 progress(number * len(runs) + done, len(passes) * len(runs))
-    return Calibration({name: collector.range(recipe) for name, collector in collectors.items()}, list(_warnings(collectors)), runs.samples)
+    return Calibration({name: collector.range(own.get(name, recipe)) for name, collector in collectors.items()}, list(_warnings(collectors)), runs.samples)
 
 
-class _Runs:
+def _recipes_of_tensors(model: onnx.ModelProto, recipe: Recipe) -> dict[str, Recipe]:
+    """The recipe of each tensor that an overridden layer writes, also through the Relu or Clip behind the layer."""
+    own: dict[str, Recipe] = {}
+    if not recipe.overrides:
+        return own
+    for node in model.graph.node:
+        used = recipe.for_layer(node.name)
+        if used is recipe and node.op_type in ("Relu", "Clip"):
+            used = own.get(node.input[0], recipe)
+        if used is not recipe:
+            own |= dict.fromkeys(node.output, used)
+    return own
+
+
+class CalibrationRuns:
     """The feeds of each run of the model, in order; can be walked through more than once."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], data: Arrays, recipe: Recipe) -> None:
@@ -73,7 +88,7 @@ class _Runs:
             yield feeds
 
 
-def _input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+def input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     constants = {tensor.name for tensor in model.graph.initializer}
     shapes = {}
     for value in model.graph.input:
@@ -85,7 +100,7 @@ def _input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _checked(shapes: Mapping[str, tuple[int, ...]], data: Arrays) -> Arrays:
+def checked_data(shapes: Mapping[str, tuple[int, ...]], data: Arrays) -> Arrays:
     missing, extra = sorted(set(shapes) - set(data)), sorted(set(data) - set(shapes))
     if missing or extra:
         found = f"input {missing[0]!r} has no array" if missing else f"array {extra[0]!r} fits no input"
@@ -108,10 +123,10 @@ def _checked(shapes: Mapping[str, tuple[int, ...]], data: Arrays) -> Arrays:
 def _activations(model: onnx.ModelProto) -> list[str]:
     """Graph inputs and every tensor a node writes that is known to be float32."""
     known = {value.name for value in (*model.graph.value_info, *model.graph.output) if value.type.tensor_type.elem_type == TensorProto.FLOAT}
-    return [*_input_shapes(model), *(name for node in model.graph.node for name in node.output if name in known)]
+    return [*input_shapes(model), *(name for node in model.graph.node for name in node.output if name in known)]
 
 
-def _session(model: onnx.ModelProto, outputs: list[str]) -> onnxruntime.InferenceSession:
+def open_with_outputs(model: onnx.ModelProto, outputs: list[str]) -> onnxruntime.InferenceSession:
     """The model with `outputs` as its outputs, opened in ONNX Runtime."""
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
@@ -133,7 +148,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
-def _values(session: onnxruntime.InferenceSession, wanted: list[str], feeds: Arrays) -> dict[str, np.ndarray]:
+def tensor_values(session: onnxruntime.InferenceSession, wanted: list[str], feeds: Arrays) -> dict[str, np.ndarray]:
     computed = [value.name for value in session.get_outputs()]
     try:
         results = session.run(computed, dict(feeds))

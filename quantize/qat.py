@@ -22,7 +22,7 @@ from isthmus.errors import IsthmusError, Problem, ProblemsError
 from isthmus.quantize.normalise import ACTIVATION, AVERAGE, COMPUTE, KEEPS_SCALE, TAIL
 from isthmus.quantize.observer import Observer, border_scale
 from isthmus.quantize.tracing import trace
-from isthmus.recipe import Recipe
+from isthmus.recipe import LATER_FIELDS, Recipe
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Brevitas warns at import of an optional CUDA package that nothing here needs
@@ -81,6 +81,9 @@ def prepare(module: nn.Module, example_inputs: Tensors, recipe: Recipe) -> fx.Gr
     """
     if recipe.scheme == "asymmetric":
         raise IsthmusError(f"recipe {recipe.name}: a module is quantised in scheme power_of_two or symmetric, not asymmetric; or quantise its ONNX export")
+    unread = [field for field in LATER_FIELDS if getattr(recipe, field) != getattr(Recipe(), field)]
+    if unread:
+        raise IsthmusError(f"recipe {recipe.name}: {unread[0]} is not for a module with its training; leave it out, or quantise the module's ONNX export")
     examples = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
     graph = trace(module, examples)
     _Placement(graph).run()

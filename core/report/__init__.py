@@ -21,6 +21,8 @@ from isthmus.report.markup import Html, element, join, style
 if TYPE_CHECKING:
     from isthmus.graph import QuantGraph
 
+FOOTER = "Made by isthmus from the bundle's own manifest. This page loads nothing and runs no script."
+
 
 def layers_of(graph: QuantGraph) -> list[dict[str, Any]]:
     """What the layer table needs of each node beside its cost: name, op, kind, fused activation, scale and zero point of the output."""
@@ -60,12 +62,14 @@ def render(
             ("Verification", details.verification(manifest)),
             ("Provenance", details.provenance(manifest, measurements)),
         ]
-        return _page(str(manifest.get("name", "model")), sections.header(manifest), [(link, part) for link, part in parts if part is not None])
+        shown = [(link, part) for link, part in parts if part is not None]
+        return page(f"{manifest.get('name', 'model')}: isthmus report", sections.header(manifest), shown, FOOTER)
     except (KeyError, TypeError, AttributeError) as error:
         raise IsthmusError(f"no report can be made of this manifest ({type(error).__name__}: {error}); compile again") from error
 
 
-def _page(name: str, header: Html, parts: Sequence[tuple[str, Html]]) -> str:
+def page(title: str, header: Html, parts: Sequence[tuple[str, Html]], footer: str) -> str:
+    """A whole page: `parts` are (name in the navigation or "", section)."""
     css = (resources.files("isthmus.report") / "report.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
     # Nothing may be loaded or run, and no other style than ours: a hostile name that slipped through would still be dead text.
@@ -79,7 +83,7 @@ def _page(name: str, header: Html, parts: Sequence[tuple[str, Html]]) -> str:
         element("meta", name="color-scheme", content="light dark"),
         element("meta", name="referrer", content="no-referrer"),
         element("link", rel="icon", href="data:,"),
-        element("title", f"{name}: isthmus report"),
+        element("title", title),
         style(css),
     )
     body = element(
@@ -88,9 +92,9 @@ def _page(name: str, header: Html, parts: Sequence[tuple[str, Html]]) -> str:
         header,
         element("nav", links, aria_label="Sections"),
         element("main", [part for _, part in parts], id="main"),
-        element("footer", "Made by isthmus from the bundle's own manifest. This page loads nothing and runs no script."),
+        element("footer", footer),
     )
     return join(Html("<!doctype html>\n"), element("html", head, body, lang="en"), "\n")
 
 
-__all__ = ["layers_of", "render"]
+__all__ = ["layers_of", "page", "render"]

@@ -72,7 +72,7 @@ def histogram(profile: str, measurement: Measurement) -> Html:
     tail = element("text", f"+ {whole(beyond)} slower, up to {duration(int(samples.max()))} →", x=WIDTH - RIGHT, y=TOP + 12, class_="end") if beyond else None
     label = "latency, logarithmic" if logarithmic else "latency"
     body = [_y_counts(y), element("g", bars, class_="bars"), _marks(measurement, x), _x_ticks(x, label), tail]
-    return _drawing(f"Latency histogram of {profile}", described, body)
+    return drawing(f"Latency histogram of {profile}", described, body)
 
 
 def timeline(profile: str, measurement: Measurement) -> Html:
@@ -95,7 +95,7 @@ def timeline(profile: str, measurement: Measurement) -> Html:
     note = element("text", f"{whole(beyond)} reach above", x=WIDTH - RIGHT, y=11, class_="end") if beyond else None
     median = element("polyline", points=" ".join(line), class_="median")
     body = [_y_times(y), element("g", bars, class_="bars range"), median, _x_ticks(x, "time in the engine"), note]
-    return _drawing(f"Course of latency of {profile}", described, body)
+    return drawing(f"Course of latency of {profile}", described, body)
 
 
 def overview(measurements: Mapping[str, Measurement]) -> Html:
@@ -115,7 +115,7 @@ def overview(measurements: Mapping[str, Measurement]) -> Html:
     ]
     rows = [_reach(profile, m, x, 16 + row * index) for index, (profile, m) in enumerate(measurements.items())]
     described = ", ".join(f"{profile}: {_in_words(m)}" for profile, m in measurements.items())
-    return _drawing("Latency of all measured profiles, logarithmic axis", described, [*ticks, *rows], WIDTH, height)
+    return drawing("Latency of all measured profiles, logarithmic axis", described, [*ticks, *rows], WIDTH, height)
 
 
 def _reach(profile: str, m: Measurement, x: Axis, y: float) -> Html:
@@ -208,7 +208,8 @@ def _y_ticks(axis: Axis, ticks: Sequence[tuple[float, str]], label: str) -> Html
     return join(drawn, element("text", label, x=4, y=axis.end - 4 if axis.end > 30 else 11, class_="label"))
 
 
-def _drawing(title: str, described: str, body: Sequence[object], width: float = WIDTH, height: float = HEIGHT) -> Html:
+def drawing(title: str, described: str, body: Sequence[object], width: float = WIDTH, height: float = HEIGHT) -> Html:
+    """An SVG with its title and a description for those who do not see it."""
     return element(
         "svg",
         element("title", title),

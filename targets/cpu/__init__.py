@@ -64,7 +64,11 @@ def tolerance(graph: QuantGraph, optimisation: str) -> tuple[int, str]:
         )
     for node in graph.nodes:
         if node.op == "QuantizeLinear" and (island := graph.producer(node.inputs[0])) is not None:
-            return 1, f"float island {island.name} lies between integers: engines differ in the last bits of float32, which may decide a rounding"
+            behind = sum(other.kind == "int8" and not OPS[other.op].passes_scale for other in graph.nodes)
+            return carried_steps(behind), (
+                f"float island {island.name} lies between integers: engines differ in the last bits of float32, which may decide a rounding, and later"
+                " layers may carry that on"
+            )
         if node.weight is not None and _leaves_float32(node, graph, optimisation):
             return 1, f"sums of {node.name} can pass 2^24, where float32 no longer holds every integer and ONNX Runtime's rounding may miss a tie"
     return 0, ""

@@ -254,6 +254,8 @@ def island(op: str) -> QuantGraph:
         "Concat": {"axis": 1},
         "Transpose": {"perm": [0, 2, 1]},
         "Gelu": {"approximate": "tanh"},
+        "Conv": {"kernel_shape": [3], "pads": [1, 1]},
+        **{key: {"kernel_shape": [3], "strides": [2]} for key in ("MaxPool", "AveragePool")},
     }
     w = FormWriter()
     value = w.dequantise(w.input("x", (1, 48) if op in ("Gemm", "Flatten") else (1, 6, 8), scale=2.0**-5))
@@ -271,6 +273,7 @@ def island(op: str) -> QuantGraph:
         **{key: [np.array([-1])] for key in ("ReduceMean", "ReduceSum", "ReduceMax")},
         "LayerNormalization": [np.linspace(-1, 1, 8, dtype=np.float32), np.ones(8, np.float32)],
         "MatMul": [np.linspace(-1, 1, 40, dtype=np.float32).reshape(8, 5)],
+        "Conv": [np.linspace(-1, 1, 90, dtype=np.float32).reshape(5, 6, 3), np.ones(5, np.float32)],
         "Gemm": [np.linspace(-1, 1, 240, dtype=np.float32).reshape(48, 5), np.ones(5, np.float32)],
     }
     inputs += [w.constant(f"c{index}", np.asarray(array)) for index, array in enumerate(constants.get(op, []))]

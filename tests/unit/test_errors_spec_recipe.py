@@ -181,7 +181,7 @@ def test_any_text_is_a_recipe_or_one_clear_error(text: str) -> None:
     ("fields", "message"),
     [
         ({"schema": 2}, "schema 2, this version reads schema 1"),
-        ({"schema": 1, "bits": 4}, "unknown field 'bits'; there are calibration_samples, "),
+        ({"schema": 1, "bits": 4}, "unknown field 'bits'; there are bias_correction, calibration_samples, "),
         ({"schema": 1, "per_channel": 1}, "field 'per_channel' expects bool, found 1"),
         ({"schema": 1, "seed": True}, "field 'seed' expects int, found True"),
         ({"schema": 1, "scheme": "log"}, "scheme 'log' is not one of power_of_two, symmetric, asymmetric"),

@@ -14,7 +14,22 @@ ROOT = Path(__file__).parents[2]
 STAGES = ("train", "quantize", "export", "targets", "runtimes")
 CORE = {path.stem for path in (ROOT / "core").glob("*.py")} - {"__init__"} | {"report"}
 # The top of the core calls the stages; everything else in it is bottom, and a file that must reach a stage is added here.
-TOP = {"pipeline", "cli", "console", "select", "report", "source", "zoo_source", "cost_model", "post_training", "sensitivity_model", "auto_recipe", "bench_bundle", "run_bundle", "report_bundle"}
+TOP = {
+    "pipeline",
+    "cli",
+    "console",
+    "select",
+    "report",
+    "source",
+    "zoo_source",
+    "cost_model",
+    "post_training",
+    "sensitivity_model",
+    "auto_recipe",
+    "bench_bundle",
+    "run_bundle",
+    "report_bundle",
+}
 DEVICE = {"spec", "errors", "bundle", "session", "compare", "bench", "conditions"}  # what `runtimes` needs of the core: numpy alone
 ONNX = {"onnx", "onnx_ir", "google"}  # google.protobuf is what onnx stands on
 # Libraries beside numpy, by folder; a target or an engine brings its own (OWN).
