@@ -28,6 +28,8 @@ MANIFEST = "manifest.json"
 SEAL = "manifest.seal"
 MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_GOLDEN_BYTES = 4 * 2**30
+# What every reader of an artifact's manifest entry may count on.
+ENTRY_FIELDS = ("artifact", "engine", "inputs", "outputs", "runs_here", "target", "max_lsb_allowed", "float_tolerance")
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ def _check_file(root: Path, name: Any, digest: Any) -> None:
 
 
 def _check_entry(profile: Any, entry: Any, files: Mapping[str, Any]) -> None:
-    if not isinstance(entry, dict) or any(key not in entry for key in ("artifact", "engine", "inputs", "outputs", "runs_here", "target")):
+    if not isinstance(entry, dict) or any(key not in entry for key in ENTRY_FIELDS):
         raise IsthmusError(f"artifact {profile!r}: its manifest entry is not complete; compile again")
     if f"artifacts/{profile}/{entry['artifact']}" not in files:
         raise IsthmusError(f"artifact {profile!r}: {entry['artifact']!r} is not among the bundle's files; compile again")

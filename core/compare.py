@@ -67,5 +67,5 @@ def compare_outputs(
 def top1_accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
     """Share of samples whose largest output (first one on a tie) is the label. outputs (N, classes, ...) flattened behind N."""
     if len(outputs) != len(labels) or not len(labels):
-        raise IsthmusError(f"{len(outputs)} outputs for {len(labels)} labels")
+        raise IsthmusError(f"accuracy: {len(outputs)} outputs for {len(labels)} labels, expected the same number, at least one")
     return float(np.mean(outputs.reshape(len(outputs), -1).argmax(axis=1) == labels))

@@ -27,7 +27,6 @@ from isthmus.profile import Profile, load_profile
 from isthmus.recipe import Recipe, load_recipe
 from isthmus.registry import load_target
 from isthmus.report_bundle import add_report
-from isthmus.session import Session
 from isthmus.source import Say, Source, load_source
 from isthmus.target import Target
 from isthmus.tools import find_tool, tool_names
@@ -150,7 +149,9 @@ def verify(bundle: Bundle, profiles: Sequence[str] = (), trust: bool = False) ->
             results[profile] = []
             continue
         with bundle.open_session(profile, trust=trust) as session:
-            results[profile] = _compared(graph, golden, run_all_samples(session, _golden_side(golden, "input")), entry["max_lsb_allowed"])
+            results[profile] = compare_outputs(
+                graph.outputs, expected, session.run_samples(_golden_side(golden, "input")), entry["max_lsb_allowed"], entry["float_tolerance"]
+            )
     return results
 
 
@@ -179,14 +180,6 @@ def make_golden(graph: QuantGraph, evaluation: Dataset | None) -> dict[str, np.n
         labels[:real] = evaluation.labels[:real]
     outputs = reference.run(graph, feeds)
     return {f"input/{name}": array for name, array in feeds.items()} | {f"output/{name}": array for name, array in outputs.items()} | {"label": labels}
-
-
-def run_all_samples(session: Session, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Raw values of every sample (N, ...), the session's own batch at a time."""
-    batch = session.inputs[0].form_shape()[0]
-    total = len(next(iter(feeds.values())))
-    parts = [session.run_quantised({name: array[start : start + batch] for name, array in feeds.items()}) for start in range(0, total, batch)]
-    return {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in session.outputs}
 
 
 # ---- the stages
@@ -268,10 +261,10 @@ def _build(graph: QuantGraph, job: _Job, folder: Path) -> dict[str, Any]:
     plan = job.target.plan(graph, job.profile, job.options)
     folder.mkdir(parents=True)
     results = execute(plan, folder)
-    return _entry(plan, job, results, folder)
+    return _entry(plan, job, results, folder, _float_tolerance(graph, plan.max_lsb))
 
 
-def _entry(plan: BuildPlan, job: _Job, results: Sequence[StepResult], folder: Path) -> dict[str, Any]:
+def _entry(plan: BuildPlan, job: _Job, results: Sequence[StepResult], folder: Path, float_tolerance: float) -> dict[str, Any]:
     return {
         "target": job.target.name,
         "board": job.profile.board,
@@ -285,6 +278,7 @@ def _entry(plan: BuildPlan, job: _Job, results: Sequence[StepResult], folder: Pa
         "options": dict(plan.options),
         "runs_here": plan.runs_here,
         "max_lsb_allowed": plan.max_lsb,
+        "float_tolerance": float_tolerance,
         "why_lsb": plan.why_lsb,
         "steps": [asdict(result) for result in results],
         "planned": [asdict(step) for step in plan.steps if step.where != "host"],
@@ -300,8 +294,8 @@ def _verify_entry(folder: Path, name: str, entry: dict[str, Any], graph: QuantGr
 
     engine = import_module(f"isthmus.runtimes.{entry['engine']}")
     with engine.open_session(folder, entry, 1) as session:
-        actual = run_all_samples(session, _golden_side(golden, "input"))
-    comparisons = _compared(graph, golden, actual, entry["max_lsb_allowed"])
+        actual = session.run_samples(_golden_side(golden, "input"))
+    comparisons = compare_outputs(graph.outputs, _golden_side(golden, "output"), actual, entry["max_lsb_allowed"], entry["float_tolerance"])
     entry["verification"] = [comparison.to_json() for comparison in comparisons]
     for comparison in comparisons:
         if not comparison.passed:
@@ -313,11 +307,10 @@ def _verify_entry(folder: Path, name: str, entry: dict[str, Any], graph: QuantGr
     entry["accuracy"] = _accuracy(next(iter(actual.values())), golden["label"])
 
 
-def _compared(graph: QuantGraph, golden: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray], max_lsb: int) -> list[Comparison]:
+def _float_tolerance(graph: QuantGraph, max_lsb: int) -> float:
     """A float tail may differ by as much as the steps it is allowed to be fed, and by what its weights make of them."""
     steps = [float(graph.tensors[node.inputs[0]].scale or 0) for node in graph.nodes if node.op == "DequantizeLinear"]
-    tolerance = FLOAT_TOLERANCE + max_lsb * max(steps, default=0.0) * _tail_gain(graph)
-    return compare_outputs(graph.outputs, _golden_side(golden, "output"), actual, max_lsb, tolerance)
+    return FLOAT_TOLERANCE + max_lsb * max(steps, default=0.0) * _tail_gain(graph)
 
 
 def _tail_gain(graph: QuantGraph) -> float:

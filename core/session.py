@@ -68,6 +68,13 @@ class Session:
         results = self.run_raw(raw)
         return {spec.name: spec.to_reference(spec.to_form(np.array(results[spec.name]))) for spec in self.outputs}
 
+    def run_samples(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        """`run_quantised` for arrays of many samples (N, ...), the engine's own batch at a time."""
+        batch = self.inputs[0].form_shape()[0]
+        total = len(feeds[self.inputs[0].name])
+        parts = [self.run_quantised({name: array[start : start + batch] for name, array in feeds.items()}) for start in range(0, total, batch)]
+        return {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in self.outputs}
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True

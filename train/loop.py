@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from isthmus.compare import top1_accuracy
 from isthmus.errors import IsthmusError
 from isthmus.train.data import Split
-from isthmus.train.metrics import top1_accuracy
 
 Progress = Callable[[str, float], None]  # a short text, the share that is done
 EVALUATION_BATCH = 512

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from isthmus import reference
+from isthmus.compare import top1_accuracy
 from isthmus.errors import IsthmusError, ProblemsError
 from isthmus.export.to_graph import graph_from_qdq
 from isthmus.graph import QuantGraph
@@ -21,7 +22,6 @@ from isthmus.quantize.observer import Observer, border_scale, fitting_scale
 from isthmus.recipe import Recipe
 from isthmus.train import zoo
 from isthmus.train.loop import fit, predict
-from isthmus.train.metrics import top1_accuracy
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,16 @@ from hypothesis import strategies as st
 from isthmus.bundle import MANIFEST, SEAL, Bundle, BundleWriter
 from isthmus.errors import IsthmusError
 
-ENTRY = {"target": "null", "artifact": "model.bin", "engine": "null", "inputs": [], "outputs": [], "runs_here": False}
+ENTRY = {
+    "target": "null",
+    "artifact": "model.bin",
+    "engine": "null",
+    "inputs": [],
+    "outputs": [],
+    "runs_here": False,
+    "max_lsb_allowed": 0,
+    "float_tolerance": 1e-5,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +114,8 @@ def test_killed_at_any_moment_there_is_a_whole_bundle(tmp_path: Path) -> None:
     script = """
         import sys
         from isthmus.bundle import BundleWriter
-        entry = {"target": "null", "artifact": "model.bin", "engine": "null", "inputs": [], "outputs": [], "runs_here": False}
+        entry = {"target": "null", "artifact": "model.bin", "engine": "null", "inputs": [], "outputs": [],
+                 "runs_here": False, "max_lsb_allowed": 0, "float_tolerance": 1e-5}
         print("go", flush=True)
         while True:
             with BundleWriter(sys.argv[1], force=True) as writer:

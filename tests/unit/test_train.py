@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from isthmus.compare import top1_accuracy
 from isthmus.errors import IsthmusError
 from isthmus.train import zoo
 from isthmus.train.data import Split, digits
 from isthmus.train.loop import TrainConfig, fit, predict
-from isthmus.train.metrics import top1_accuracy
 
 
 def small_split() -> Split:
