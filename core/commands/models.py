@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is asked of a model: `cost`, `sensitivity`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isthmus.commands.options import Json, print_json, shapes, shown
+from isthmus.console import Console
+
+
+def cost(
+    model: Annotated[str, typer.Argument(metavar="MODEL|BUNDLE", help="A .onnx (float or int8) or a bundle.")],
+    convention: Annotated[str, typer.Option("--convention", help="How FLOPs are counted: mac, flop or keras.")] = "flop",
+    layers: Annotated[bool, typer.Option("--layers", help="One line a layer.")] = False,
+    shape: Annotated[list[str] | None, typer.Option("--shape", help="NAME=1,3,224,224 for an input with dynamic dimensions.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Parameters, MACs, FLOPs, weight bytes and peak activation bytes, from the graph alone."""
+    from isthmus.cost_model import cost_of, cost_table
+
+    result = cost_of(model, shapes(shape or []), convention)
+    if as_json:
+        print_json({"convention": convention, "count": result.count(convention)} | result.to_json())
+    else:
+        print(cost_table(result, convention, layers))
+
+
+def sensitivity(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A float model, as for 'compile'.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Samples, with labels where there are any: .npz, .npy or a folder of images.")] = None,
+    metric: Annotated[str, typer.Option("--metric", help="What layers are ranked by: sqnr or top1.")] = "sqnr",
+    recipe: Annotated[str, typer.Option("--recipe", help="How to quantise: a name or a .toml file.")] = "portable",
+    samples: Annotated[int, typer.Option("--samples", help="How many samples each of the graphs runs on.")] = 64,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a page with the drawing here (.html).")] = None,
+    shape: Annotated[list[str] | None, typer.Option("--shape", help="NAME=1,3,224,224 for an input with dynamic dimensions.")] = None,
+    preprocess: Annotated[str | None, typer.Option("--preprocess", help="How pixels become input, e.g. scale=1/255,mean=0.5,std=0.5.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What each layer costs in int8: one layer at a time in int8, and one at a time left float."""
+    from isthmus.report.sensitivity import render_sensitivity
+    from isthmus.sensitivity_model import sensitivity_of, sensitivity_table
+
+    with Console(quiet=as_json) as console:
+        result = sensitivity_of(model, data, recipe=recipe, metric=metric, samples=samples, shapes=shapes(shape or []), preprocess=preprocess, say=console.say)
+    if output is not None:
+        output.write_text(render_sensitivity(model, result.to_json()), encoding="utf-8")
+    if as_json:
+        print_json(result.to_json())
+        return
+    print(sensitivity_table(result))
+    if output is not None:
+        print(f"\npage: {shown(output)}")
