@@ -15,14 +15,14 @@ import statistics
 import time
 import timeit
 
-from isthmus.bench import NullSession, measure
+from isthmus.bench import NullSession, Rules, measure
 from isthmus.conditions import host_conditions
 
 LOOPS = 20_000
 
 
 def _harness_ns(session: NullSession) -> float:
-    return measure(session, {}, min_count=LOOPS, min_duration_s=0.05).p50_ns
+    return measure(session, {}, Rules(min_count=LOOPS, min_duration_s=0.05)).p50_ns
 
 
 def _bare_loop_ns(session: NullSession) -> float:

@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latency of a bundle's artifacts on this machine, interleaved, kept in the bundle as `reports/bench-<profile>.json`."""
+"""Latency of a bundle's artifacts on this machine, kept in the bundle as `reports/bench-<profile>[-<scenario>].json`."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from isthmus.bench import Measurement, measure_interleaved
+from isthmus.affinity import pinned
+from isthmus.bench import OFFLINE, SCENARIOS, SINGLE_STREAM, EnergyMeter, Rules, measure, measure_interleaved, measure_offline, raw_feeds
 from isthmus.bundle import Bundle
 from isthmus.console import grid
 from isthmus.errors import IsthmusError
-from isthmus.session import Session
+from isthmus.loadgen import measure_by_loadgen
+from isthmus.measurement import Measurement, ratio_interval
+from isthmus.session import Arrays, Session
+
+# What `isthmus bench` asks for where nothing else is said.
+BENCH_RULES = Rules(min_count=1000, min_duration_s=2.0, max_duration_s=120.0)
 
 
 def why_not_measured(entry: Mapping[str, Any]) -> str:
@@ -30,46 +37,55 @@ def why_not_measured(entry: Mapping[str, Any]) -> str:
 def bench_bundle(
     bundle: Bundle,
     profiles: Sequence[str],
+    rules: Rules = BENCH_RULES,
     *,
-    threads: int = 1,
-    min_duration_s: float = 2.0,
-    min_count: int = 1000,
-    max_duration_s: float = 120.0,
+    against: str | None = None,
+    cpus: tuple[int, ...] | None = None,
+    streams: int | None = None,
+    meter: EnergyMeter | None = None,
+    loadgen: bool = False,
     trust: bool = False,
 ) -> tuple[Bundle, dict[str, Measurement]]:
-    """Measures `profiles` (all that run here where none is named) in turns; gives the bundle with the raw samples in it.
+    """Measures `profiles` (all that run here where none is named); gives the bundle with the raw samples in it.
 
+    Several take turns; Offline and a power meter need the machine for one alone, so they go one after the other. `against` names a profile of
+    this bundle or another bundle's folder (the same profile of it): measured beside the first, and the ratio with its interval is kept in the
+    first one's conditions; its own measurement is given under "profile @ folder". `cpus` pins the process, `streams` counts Offline's sessions.
     Raises `IsthmusError` where a named profile needs its board, or nothing can be measured here.
     """
-    entries = {profile: bundle.artifact(profile) for profile in profiles or bundle.profiles}
-    reasons = {profile: why_not_measured(entry) for profile, entry in entries.items()}
-    refused = [profile for profile in profiles if reasons[profile]]
-    if refused:
-        raise IsthmusError(f"{refused[0]}: {reasons[refused[0]]}; its latency is not to be had on this machine")
-    chosen = [profile for profile, reason in reasons.items() if not reason]
-    if not chosen:
-        raise IsthmusError(f"{bundle.root}: no artifact that can be measured on this machine: {', '.join(entries)} need their boards")
-    golden = bundle.golden()
-    with ExitStack() as stack:
-        sessions = {}
-        for profile in chosen:
-            session = stack.enter_context(bundle.open_session(profile, threads, trust))
-            sessions[profile] = (session, _raw_feeds(session, golden))
-        measurements = measure_interleaved(
-            sessions, min_count=min_count, min_duration_s=min_duration_s, max_duration_s=max(max_duration_s, min_duration_s), threads=threads
-        )
-    for profile, measurement in measurements.items():
-        bundle = bundle.add_report(f"bench-{profile}.json", json.dumps(measurement.to_json()).encode())
+    entries = _measurable(bundle, profiles)
+    alone = rules.scenario == OFFLINE or meter is not None or loadgen
+    if against is not None and (len(entries) != 1 or alone):
+        raise IsthmusError("--against compares one profile (name it with --target), in turns: not in Offline, with a power meter or with LoadGen")
+    if loadgen and (meter is not None or (streams or 1) > 1):
+        raise IsthmusError("--loadgen drives one session and reads no power meter: leave out --streams and --power, or --loadgen")
+    with pinned(cpus), ExitStack() as stack:
+        if alone:
+            measurements = {profile: _alone(bundle, profile, rules, 1 if loadgen else streams, meter, loadgen, trust) for profile in entries}
+        else:
+            opened = {profile: _opened(stack, bundle, profile, rules.threads, trust) for profile in entries}
+            if against is not None:
+                label, other, profile = _other(bundle, next(iter(entries)), against)
+                opened[label] = _opened(stack, other, profile, rules.threads, trust)
+            measurements = measure_interleaved(opened, rules)
+    if cpus is not None:
+        measurements = {name: replace(one, conditions={**one.conditions, "pinned_to": list(cpus)}) for name, one in measurements.items()}
+    if against is not None:
+        measurements = _compared(measurements)
+    for profile in entries:
+        bundle = bundle.add_report(_file(profile, rules.scenario), json.dumps(measurements[profile].to_json()).encode())
     return bundle, measurements
 
 
 def read_measurements(bundle: Bundle) -> dict[str, Measurement]:
-    """What `bench_bundle` left in the bundle, by profile."""
+    """What `bench_bundle` left in the bundle: by profile, and "profile Scenario" for other scenarios than SingleStream."""
     found = {}
     for profile in bundle.profiles:
-        name = f"reports/bench-{profile}.json"
-        if name in bundle.manifest["files"]:
-            found[profile] = Measurement.from_json(json.loads((bundle.root / name).read_bytes()))
+        for scenario in SCENARIOS:
+            name = f"reports/{_file(profile, scenario)}"
+            if name in bundle.manifest["files"]:
+                label = profile if scenario == SINGLE_STREAM else f"{profile} {scenario}"
+                found[label] = Measurement.from_json(json.loads((bundle.root / name).read_bytes()))
     return found
 
 
@@ -77,22 +93,89 @@ def latency_table(measurements: Mapping[str, Measurement]) -> str:
     """One line a profile, in microseconds, then the conditions once."""
     rows = []
     for profile, m in measurements.items():
+        known = bool(m.count)
         rows.append(
             [
                 profile,
-                *(f"{value / 1000:.1f}" for value in (m.p50_ns, m.p90_ns, m.p99_ns, m.mean_ns)),
+                *(f"{value / 1000:.1f}" for value in ((m.p50_ns, m.p90_ns, m.p99_ns, m.mean_ns) if known else ())),
+                *([""] * (0 if known else 4)),
+                f"{m.throughput_per_s:.1f}" if known else "",
+                f"{1000 * m.energy_j:.3f}" if m.energy_j is not None else "",
                 str(m.count),
                 str(m.warmup_count),
                 "yes" if m.valid else "; ".join(m.reasons),
             ]
         )
-    conditions = next(iter(measurements.values())).conditions
-    shown = {key: conditions.get(key) for key in ("host", "cpu_model", "threads", "harness_overhead_ns") if conditions.get(key) is not None}
-    lines = [grid(["profile", "p50 us", "p90 us", "p99 us", "mean us", "samples", "warm-up", "valid"], rows), ""]
-    return "\n".join([*lines, "one inference at a time; " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())])
+    first = next(iter(measurements.values()))
+    shown = {key: first.conditions.get(key) for key in ("host", "cpu_model", "threads", "harness_overhead_ns") if first.conditions.get(key) is not None}
+    header = ["profile", "p50 us", "p90 us", "p99 us", "mean us", "per second", "mJ each", "samples", "warm-up", "valid"]
+    if not any(m.energy_j is not None for m in measurements.values()):
+        header.remove("mJ each")
+        rows = [[*row[:6], *row[7:]] for row in rows]
+    lines = [grid(header, rows), "", f"{first.scenario}; " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())]
+    for name, m in measurements.items():
+        ratio = m.conditions.get("against")
+        if ratio:
+            lines.append(f"{name} takes {ratio['ratio']:.3f} times as long as {ratio['name']} (95 % interval {ratio['low']:.3f} to {ratio['high']:.3f})")
+    return "\n".join(lines)
 
 
-def _raw_feeds(session: Session, golden: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The first golden sample in the engine's own layout and dtype."""
-    batch = session.inputs[0].form_shape()[0]
-    return {spec.name: spec.from_form(spec.from_reference(golden[f"input/{spec.name}"][:batch])) for spec in session.inputs}
+def _measurable(bundle: Bundle, profiles: Sequence[str]) -> dict[str, Any]:
+    entries = {profile: bundle.artifact(profile) for profile in profiles or bundle.profiles}
+    reasons = {profile: why_not_measured(entry) for profile, entry in entries.items()}
+    refused = [profile for profile in profiles if reasons[profile]]
+    if refused:
+        raise IsthmusError(f"{refused[0]}: {reasons[refused[0]]}; its latency is not to be had on this machine")
+    chosen = {profile: entries[profile] for profile, reason in reasons.items() if not reason}
+    if not chosen:
+        raise IsthmusError(f"{bundle.root}: no artifact that can be measured on this machine: {', '.join(entries)} need their boards")
+    return chosen
+
+
+def _opened(stack: ExitStack, bundle: Bundle, profile: str, threads: int, trust: bool) -> tuple[Session, list[Arrays]]:
+    session = stack.enter_context(bundle.open_session(profile, threads, trust))
+    return session, raw_feeds(session, bundle.golden())
+
+
+def _alone(bundle: Bundle, profile: str, rules: Rules, streams: int | None, meter: EnergyMeter | None, loadgen: bool, trust: bool) -> Measurement:
+    count = 1
+    if rules.scenario == OFFLINE:
+        count = streams or max(1, len(os.sched_getaffinity(0)) // rules.threads)
+    with ExitStack() as stack:
+        opened = [_opened(stack, bundle, profile, rules.threads, trust) for _ in range(count)]
+        if loadgen:
+            return measure_by_loadgen(*opened[0], rules)
+        if rules.scenario == OFFLINE:
+            return measure_offline([session for session, _ in opened], opened[0][1], rules, meter=meter)
+        return measure(*opened[0], rules, meter=meter)
+
+
+def _other(bundle: Bundle, profile: str, against: str) -> tuple[str, Bundle, str]:
+    """(label, bundle, profile) of what `--against` names: a profile of this bundle first, else a folder."""
+    if against in bundle.profiles:
+        if against == profile:
+            raise IsthmusError(f"--against {against}: that is the profile itself; name another one or another bundle's folder")
+        _measurable(bundle, [against])
+        return against, bundle, against
+    if not Path(against).is_dir():
+        raise IsthmusError(f"--against {against!r}: neither a profile of this bundle ({', '.join(bundle.profiles)}) nor a bundle's folder")
+    other = Bundle.open(against)
+    chosen = profile if profile in other.profiles else next(iter(other.profiles)) if len(other.profiles) == 1 else ""
+    if not chosen:
+        raise IsthmusError(f"--against {against}: holds {', '.join(other.profiles)}, and not {profile}")
+    _measurable(other, [chosen])
+    return f"{chosen} @ {against}", other, chosen
+
+
+def _compared(measurements: Mapping[str, Measurement]) -> dict[str, Measurement]:
+    """The ratio of the first to the second, kept with the first; none where one of them has no samples."""
+    (name, first), (other, second) = measurements.items()
+    if min(first.count, second.count) < 2:
+        return dict(measurements)
+    ratio, low, high = ratio_interval(first, second)
+    kept = {"name": other, "ratio": ratio, "low": low, "high": high, "other_p50_ns": second.p50_ns, "other_valid": second.valid}
+    return {name: replace(first, conditions={**first.conditions, "against": kept}), other: second}
+
+
+def _file(profile: str, scenario: str) -> str:
+    return f"bench-{profile}.json" if scenario == SINGLE_STREAM else f"bench-{profile}-{scenario.lower()}.json"

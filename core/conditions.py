@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-CPU_FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+CPUS = Path("/sys/devices/system/cpu")
+CPU_FREQUENCY = CPUS / "cpu0/cpufreq"
+THERMAL = Path("/sys/class/thermal")
+THROTTLED = Path("/sys/devices/platform/soc/soc:firmware/get_throttled")  # Raspberry Pi: bits for low voltage and throttling
 
 
 def host_conditions() -> dict[str, Any]:
@@ -31,6 +35,30 @@ def host_conditions() -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": np.__version__,
     }
+
+
+def volatile_conditions() -> dict[str, Any]:
+    """What changes while one measures: taken before and after. Clocks by processor, temperatures by sensor, load."""
+    return {
+        "clock_khz": {cpu.name: clock for cpu in _sorted(CPUS.glob("cpu[0-9]*")) if (clock := _whole(_read(cpu / "cpufreq/scaling_cur_freq"))) is not None},
+        "temperature_c": _temperatures(),
+        "throttled": _read(THROTTLED),
+        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _temperatures() -> dict[str, float]:
+    found = {}
+    for zone in _sorted(THERMAL.glob("thermal_zone[0-9]*")):
+        text = _read(zone / "temp")
+        if text is not None and text.removeprefix("-").isdigit():
+            found[f"{_read(zone / 'type') or 'sensor'} ({zone.name})"] = int(text) / 1000
+    return found
+
+
+def _sorted(paths: Iterable[Path]) -> list[Path]:
+    """By the number at the end of the name: cpu10 after cpu9."""
+    return sorted(paths, key=lambda path: (len(path.name), path.name))
 
 
 def _read(path: Path) -> str | None:

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from isthmus.bench import Measurement
 from isthmus.bench_bundle import read_measurements, why_not_measured
 from isthmus.bundle import Bundle
 from isthmus.console import grid
 from isthmus.cost import cost_of_graph
 from isthmus.graph import QuantGraph
+from isthmus.measurement import Measurement
 from isthmus.plan import tail
 from isthmus.report import layers_of, render
 

@@ -22,7 +22,7 @@ class Session:
     form's layout (NCHW); `run_raw` takes and gives exactly what the specs say (int8, the engine's layout), with no check and
     no copy beyond the engine's own: it is what the harness times.
 
-    An engine subclasses this, fills `_run_raw` and `_close`, and may override `engine_version`.
+    An engine subclasses this, fills `_run_raw` and `_close`, and may override `per_layer`.
     """
 
     engine: str = ""
@@ -74,6 +74,18 @@ class Session:
         total = len(feeds[self.inputs[0].name])
         parts = [self.run_quantised({name: array[start : start + batch] for name, array in feeds.items()}) for start in range(0, total, batch)]
         return {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in self.outputs}
+
+    def per_layer(self, feeds: Arrays, runs: int = 20) -> list[tuple[str, float]]:
+        """(node's name, its mean time in ns over `runs` runs) in the order of execution, for `feeds` as `run_raw` takes them.
+
+        The names are the engine's own: fused nodes are one entry. Timing each node costs time, so the sum is above what the harness measures.
+        Raises `IsthmusError` where the engine times no single nodes, and on fewer than one run.
+        """
+        raise IsthmusError(f"engine {self.engine or type(self).__name__} gives no time per layer")
+
+    def abandon(self) -> None:
+        """Forgets the engine without closing it: another thread is still inside a run that does not come back."""
+        self._closed = True
 
     def close(self) -> None:
         if not self._closed:

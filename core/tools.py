@@ -48,6 +48,7 @@ _PYTHON = {
         "tensorrt_rtx", "tensorrt-rtx-cu13", "pip install 'isthmus[tensorrt-check]'", "compiles the Jetson graph ahead of time, as a check"
     ),
     "hls4ml": _PythonTool("hls4ml", "hls4ml", "pip install 'isthmus[fpga]'", "writes the HLS project"),
+    "loadgen": _PythonTool("mlperf_loadgen", "mlcommons-loadgen", "pip install 'isthmus[bench]'", "issues the queries of `bench --loadgen`"),
     "torch": _PythonTool("torch", "torch", "pip install 'isthmus[train]' -c constraints.txt", "trains and exports"),
     "brevitas": _PythonTool("brevitas", "brevitas", "pip install 'isthmus[train]' -c constraints.txt", "quantisation-aware training"),
     "tensorrt": _PythonTool("tensorrt", "tensorrt", "comes with JetPack on the board", "builds and runs the engine on a Jetson"),

@@ -9,7 +9,8 @@ import sys
 
 import numpy as np
 
-from isthmus.bench import measure
+from isthmus.affinity import parse_cpus, pinned
+from isthmus.bench import SCENARIOS, Rules, measure, raw_feeds
 from isthmus.bundle import Bundle
 from isthmus.compare import compare_outputs
 from isthmus.errors import IsthmusError
@@ -28,8 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--trust-bundle", action="store_true", help="run native code of a bundle that somebody else built")
         if name == "bench":
+            command.add_argument("--scenario", choices=SCENARIOS, default=SCENARIOS[0])
             command.add_argument("--min-duration", type=float, default=2.0, metavar="SECONDS")
+            command.add_argument("--max-duration", type=float, default=120.0, metavar="SECONDS")
             command.add_argument("--min-count", type=int, default=1000)
+            command.add_argument("--percentile", type=float, default=99.0, help="the one to be quoted: it decides how many samples are needed")
+            command.add_argument("--samples-per-query", type=int, default=8, help="MultiStream: inferences in a query")
+            command.add_argument("--pin", metavar="CPUS", help="processors to stay on, such as 0 or 0,2-3")
     given = parser.parse_args(arguments)
     try:
         return _run(given)
@@ -42,12 +48,21 @@ def _run(given: argparse.Namespace) -> int:
     bundle = Bundle.open(given.bundle)
     profile = given.target or _only(bundle)
     golden = bundle.golden()
-    with bundle.open_session(profile, given.threads, given.trust_bundle) as session:
-        if given.command == "verify":
+    if given.command == "verify":
+        with bundle.open_session(profile, given.threads, given.trust_bundle) as session:
             return _verify(bundle, profile, session, golden)
-        batch = session.inputs[0].form_shape()[0]
-        feeds = {spec.name: spec.from_form(golden[f"input/{spec.name}"][:batch]) for spec in session.inputs}
-        measurement = measure(session, feeds, min_count=given.min_count, min_duration_s=given.min_duration, threads=given.threads)
+    rules = Rules(
+        scenario=given.scenario,
+        min_count=given.min_count,
+        min_duration_s=given.min_duration,
+        max_duration_s=max(given.max_duration, given.min_duration),
+        percentile=given.percentile,
+        samples_per_query=given.samples_per_query,
+        threads=given.threads,
+    )
+    cpus = parse_cpus(given.pin) if given.pin is not None else None
+    with pinned(cpus), bundle.open_session(profile, given.threads, given.trust_bundle) as session:
+        measurement = measure(session, raw_feeds(session, golden), rules)
     print(json.dumps({"profile": profile} | measurement.to_json()))
     return 0
 

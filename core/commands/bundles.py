@@ -13,12 +13,21 @@ from isthmus.commands.options import BundlePath, Json, Targets, Threads, Trust, 
 from isthmus.console import Console
 
 
-def verify(bundle: BundlePath, targets: Targets = None, trust: Trust = False, as_json: Json = False) -> None:
+def verify(
+    bundle: BundlePath,
+    targets: Targets = None,
+    layers: Annotated[bool, typer.Option("--layers", help="At which layer an artifact first differs, and why.")] = False,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
     """Run the golden inputs through each artifact that can run here; compare every element with the integer reference."""
     from isthmus import pipeline
     from isthmus.console import grid
 
     opened = Bundle.open(bundle)
+    if layers:
+        _verify_layers(opened, targets or [], as_json)
+        return
     results = pipeline.verify(opened, targets or [], trust)
     failed = [name for name, comparisons in results.items() if not all(comparison.passed for comparison in comparisons)]
     if as_json:
@@ -44,31 +53,76 @@ def verify(bundle: BundlePath, targets: Targets = None, trust: Trust = False, as
         raise typer.Exit(1)
 
 
+def _verify_layers(bundle: Bundle, targets: list[str], as_json: bool) -> None:
+    from isthmus.layerwise import layer_table, verify_layers
+
+    profiles = targets or [name for name in bundle.profiles if bundle.artifact(name)["engine"] != "null"]
+    with Console(quiet=as_json) as console:
+        reports = []
+        for name in profiles:
+            console.say(f"{name}: comparing layer by layer", None)
+            reports.append(verify_layers(bundle, name))
+    if as_json:
+        print_json([report.to_json() for report in reports])
+    else:
+        print("\n\n".join(layer_table(report) for report in reports))
+    if not reports or not all(report.passed for report in reports):
+        raise typer.Exit(1)
+
+
 def bench(
     bundle: BundlePath,
     targets: Targets = None,
+    scenario: Annotated[
+        str, typer.Option("--scenario", help="SingleStream (latency of one), MultiStream (of several in a row) or Offline (throughput).")
+    ] = "SingleStream",
+    against: Annotated[str | None, typer.Option("--against", help="A profile of this bundle, or another bundle: measured in turns, the ratio printed.")] = None,
     threads: Threads = 1,
+    pin: Annotated[str | None, typer.Option("--pin", help="Processors to stay on, such as 0 or 0,2-3.")] = None,
+    percentile: Annotated[float, typer.Option("--percentile", help="The percentile to be quoted: it decides how many samples are needed.")] = 99.0,
     min_duration: Annotated[float, typer.Option("--min-duration", help="Seconds to measure at least.")] = 2.0,
     min_count: Annotated[int, typer.Option("--min-count", help="Samples to take at least.")] = 1000,
+    max_duration: Annotated[
+        float, typer.Option("--max-duration", help="Seconds after which a measurement ends, and is not valid if it had not enough.")
+    ] = 120.0,
+    samples_per_query: Annotated[int, typer.Option("--samples-per-query", help="MultiStream: inferences in a query.")] = 8,
+    streams: Annotated[int | None, typer.Option("--streams", help="Offline: sessions that run at once (default: processors / threads).")] = None,
+    loadgen: Annotated[bool, typer.Option("--loadgen", help="Let MLPerf's LoadGen issue the queries (isthmus[bench]).")] = False,
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Latency of the artifacts that run here, one inference at a time, interleaved; raw samples go into the bundle."""
+    """Latency or throughput of the artifacts that run here; several take turns; raw samples go into the bundle."""
+    from isthmus.affinity import parse_cpus
+    from isthmus.bench import Rules
     from isthmus.bench_bundle import bench_bundle, latency_table
     from isthmus.report_bundle import add_report
 
+    rules = Rules(
+        scenario=scenario,
+        min_count=min_count,
+        min_duration_s=min_duration,
+        max_duration_s=max(max_duration, min_duration),
+        percentile=percentile,
+        samples_per_query=samples_per_query,
+        threads=threads,
+    )
+    cpus = parse_cpus(pin) if pin is not None else None
     with Console(quiet=as_json) as console:
         console.say("measuring latency", None)
-        opened, measurements = bench_bundle(Bundle.open(bundle), targets or [], threads=threads, min_duration_s=min_duration, min_count=min_count, trust=trust)
+        opened, measurements = bench_bundle(
+            Bundle.open(bundle), targets or [], rules, against=against, cpus=cpus, streams=streams, loadgen=loadgen, trust=trust
+        )
         add_report(opened)
     if as_json:
         print_json(
             {
                 name: measurement.figures()
                 | {
+                    "scenario": measurement.scenario,
                     "valid": measurement.valid,
                     "reasons": list(measurement.reasons),
                     "warmup_count": measurement.warmup_count,
+                    "energy_j": measurement.energy_j,
                     "conditions": dict(measurement.conditions),
                 }
                 for name, measurement in measurements.items()

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from isthmus.bench import Measurement
 from isthmus.cost import Cost
 from isthmus.errors import IsthmusError
+from isthmus.measurement import Measurement
 from isthmus.report import details, sections
 from isthmus.report.markup import Html, element, join, style
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from isthmus.bench import Measurement
+from isthmus.measurement import Measurement
 from isthmus.report.figures import duration, time_unit, whole
 from isthmus.report.markup import Html, element, join
 

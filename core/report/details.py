@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from isthmus.bench import Measurement
+from isthmus.measurement import Measurement
 from isthmus.report import figures
 from isthmus.report.markup import Child, Html, element, join
 from isthmus.report.parts import Column, badge, code, facts, fold, plain, section, table

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from isthmus.bench import Measurement, ratio_interval
 from isthmus.cost import CONVENTIONS, Cost
+from isthmus.measurement import Measurement, ratio_interval
 from isthmus.report import charts, figures
 from isthmus.report.markup import Child, Html, element, join
 from isthmus.report.parts import Column, badge, bullets, code, facts, plain, section, stacked, table, tiles
@@ -199,8 +199,8 @@ def latency(manifest: Manifest, measurements: Measurements, unmeasured: Mapping[
             missing.append((profile, "; ".join(failed) or unmeasured.get(profile) or ("not measured" if entry["runs_here"] else NEEDS_THE_BOARD)))
     intro = element(
         "p",
-        "One inference at a time, raw int8 in and out, timed with a nanosecond clock on both sides of the engine's call. Percentiles are nearest-rank: "
-        "each is a latency that occurred. A figure holds for the machine and conditions named here and for no other.",
+        "Raw int8 in and out, timed with a nanosecond clock on both sides of the engine's call; one inference at a time where no other scenario is "
+        "named. Percentiles are nearest-rank: each is a latency that occurred. A figure holds for the machine and conditions named here and for no other.",
     )
     cards = [_card(profile, m) for profile, m in drawn.items()]
     comparison = _comparison(drawn) if len(drawn) > 1 else None
@@ -211,7 +211,7 @@ def latency(manifest: Manifest, measurements: Measurements, unmeasured: Mapping[
 
 def _comparison(drawn: Measurements) -> Html:
     """All on one axis, and how many times as long as the fastest each takes, with the interval that the noise allows."""
-    usable = {profile: m for profile, m in drawn.items() if m.valid and m.count > 1}
+    usable = {profile: m for profile, m in drawn.items() if m.valid and m.count > 1 and m.scenario == "SingleStream"}
     sentences = []
     if len(usable) > 1:
         fastest = min(usable, key=lambda profile: usable[profile].p50_ns)
@@ -255,6 +255,12 @@ def _remarks(m: Measurement) -> str:
     overhead = c.get("harness_overhead_ns")
     if overhead is not None:
         parts.append(f"the harness itself takes {figures.duration(overhead)} of each sample ({overhead / max(m.p50_ns, 1):.1%} of p50), not subtracted")
+    parts.append(f"{m.scenario}: {m.throughput_per_s:,.1f} inferences a second")
+    if m.energy_j is not None:
+        parts.append(f"{1000 * m.energy_j:.3g} mJ each above idle ({plain((c.get('energy') or {}).get('source'))})")
+    against = c.get("against")
+    if against:
+        parts.append(f"{against['ratio']:.3f} times as long as {against['name']} (95 % interval {against['low']:.3f} to {against['high']:.3f})")
     others = list(c.get("interleaved") or [])
     if len(others) > 1:
         parts.append(f"taken in turns: {', '.join(others)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from isthmus.bench import NullSession, measure_interleaved
+from isthmus.bench import NullSession, Rules, measure_interleaved
 from isthmus.cost import cost_of_graph
 from isthmus.form_writer import FormWriter
 from isthmus.recipe import Recipe
@@ -66,7 +66,7 @@ def report() -> str:
         },
         "files": {"model.onnx": "ab" * 32},
     }
-    measurements = measure_interleaved({"cpu": (NullSession(), {}), "rpi5": (NullSession(), {})}, min_duration_s=0.001)
+    measurements = measure_interleaved({"cpu": (NullSession(), {}), "rpi5": (NullSession(), {})}, Rules(min_duration_s=0.001))
     return render(manifest, measurements, cost_of_graph(graph), layers_of(graph), logs={"jetson": {"engine": "nothing yet"}})
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.bench import BLOCK_COUNT, Measurement, NullSession, measure, measure_interleaved, ratio_interval, required_count
+from isthmus import bench
+from isthmus.bench import BLOCK_COUNT, NullSession, Rules
 from isthmus.errors import IsthmusError
+from isthmus.measurement import Measurement, ratio_interval, required_count
 from isthmus.session import Session
 from isthmus.spec import TensorSpec
 
@@ -55,7 +59,15 @@ class Scripted(Session):
 
 
 def taken(samples, **changes) -> Measurement:
-    return Measurement("SingleStream", np.array(samples, np.int64), 0, **changes)
+    return Measurement("SingleStream", np.array(samples, np.int64), 0, len(samples), 1000, **changes)
+
+
+def measure(session, feeds, *, clock=time.perf_counter_ns, **rules) -> Measurement:
+    return bench.measure(session, feeds, Rules(**rules), clock=clock)
+
+
+def measure_interleaved(sessions, *, clock=time.perf_counter_ns, **rules) -> dict[str, Measurement]:
+    return bench.measure_interleaved(sessions, Rules(**rules), clock=clock)
 
 
 # ---- percentiles
@@ -135,7 +147,7 @@ def test_engine_that_never_runs():
     clock = Clock()
     result = measure(Scripted(clock, MILLISECOND, fails_at=0), FEEDS, clock=clock)
     assert (result.valid, result.count) == (False, 0)
-    assert result.figures() == dict.fromkeys(("mean_ns", "min_ns", "p50_ns", "p90_ns", "p99_ns", "max_ns")) | {"count": 0}
+    assert result.figures() == dict.fromkeys(("mean_ns", "min_ns", "p50_ns", "p90_ns", "p99_ns", "max_ns", "throughput_per_s")) | {"count": 0}
     with pytest.raises(IsthmusError, match="without samples: scripted raised RuntimeError"):
         result.p50_ns  # noqa: B018
     assert Measurement.from_json(json.loads(json.dumps(result.to_json()))).to_json() == result.to_json()
@@ -321,7 +333,7 @@ def test_damaged_file_is_refused_in_one_sentence(value, data):
 def test_damaged_file_by_name():
     good = taken([1, 2, 3]).to_json()
     for broken, message in [
-        ({**good, "schema": 2}, "schema 2, this version reads schema 1"),
+        ({**good, "schema": 1}, "schema 1, this version reads schema 2"),
         ([], "schema 'list'"),
         ({key: value for key, value in good.items() if key != "reasons"}, "field 'reasons' is missing"),
         ({**good, "extra": 1}, "field 'extra' is unknown"),
@@ -342,3 +354,132 @@ def test_samples_cannot_be_changed():
     assert result.samples_ns.tolist() == [3, 1, 2]
     with pytest.raises(IsthmusError, match="0 ns or more"):
         taken([-1])
+
+
+# ---- the scenarios
+def test_multi_stream_times_whole_queries():
+    clock = Clock()
+    session = Scripted(clock, MILLISECOND)
+    result = measure(session, FEEDS, scenario="MultiStream", samples_per_query=8, percentile=90, clock=clock)
+    assert result.valid
+    assert set(result.samples_ns.tolist()) == {8 * MILLISECOND}
+    assert result.inference_count == 8 * result.count
+    assert result.throughput_per_s == pytest.approx(1000)
+    assert Measurement.from_json(json.loads(json.dumps(result.to_json()))).to_json() == result.to_json()
+
+
+def test_feeds_are_taken_in_turn():
+    clock = Clock()
+    seen = []
+
+    class Watching(Scripted):
+        def _run_raw(self, feeds):
+            seen.append(int(feeds["image"][0, 0]))
+            return super()._run_raw(feeds)
+
+    feeds = [{"image": np.full((1, 4), value, np.int8)} for value in range(3)]
+    measure(Watching(clock, MILLISECOND), feeds, percentile=50, min_duration_s=0, clock=clock)
+    assert seen[:7] == [0, 1, 2, 0, 1, 2, 0]
+
+
+class Sleeping(Session):
+    """A real engine's ways: it takes time, and another thread may run meanwhile."""
+
+    engine = "sleeping"
+    version = "1"
+
+    def __init__(self, seconds: float = 0.001, hangs_at: int = -1) -> None:
+        super().__init__((IMAGE,), (TensorSpec("logits", (1, 2), "int8", scale=1.0, zero_point=0),))
+        self.seconds, self.hangs_at, self.runs, self.closed = seconds, hangs_at, 0, False
+        self.release = threading.Event()
+
+    def _run_raw(self, feeds):
+        self.runs += 1
+        if self.runs == self.hangs_at:
+            self.release.wait(60)
+        time.sleep(self.seconds)
+        return {}
+
+    def _close(self):
+        self.closed = True
+
+
+def test_offline_counts_all_streams():
+    sessions = [Sleeping(), Sleeping()]
+    result = bench.measure_offline(sessions, FEEDS, Rules(scenario="Offline", min_count=40, min_duration_s=0.05, max_warmup_s=0.1))
+    assert result.scenario == "Offline"
+    assert result.inference_count == result.count >= 40
+    assert all(session.runs > 1 for session in sessions)
+    assert result.throughput_per_s == pytest.approx(result.count / result.elapsed_ns * 1e9)
+    assert result.conditions["streams"] == 2
+    one = measure(Sleeping(), FEEDS, scenario="Offline", min_count=5, min_duration_s=0, max_warmup_s=0.1)
+    assert one.count >= 5
+    assert one.conditions["streams"] == 1
+
+
+def test_offline_that_is_too_slow_is_marked():
+    result = measure(Sleeping(), FEEDS, scenario="Offline", min_count=10**6, min_duration_s=0.01, max_duration_s=0.05, max_warmup_s=0.1)
+    assert not result.valid
+    assert any(f"time limit of 0.05 s: {result.count} of 1000000 samples" in reason for reason in result.reasons)
+
+
+def test_offline_needs_the_machine_for_itself():
+    with pytest.raises(IsthmusError, match="one after the other"):
+        measure_interleaved({"a": (Sleeping(), FEEDS)}, scenario="Offline")
+
+
+@pytest.mark.parametrize("scenario", ["SingleStream", "Offline"])
+def test_an_engine_that_hangs_is_given_up(scenario):
+    session = Sleeping(0.0001, hangs_at=300)
+    result = measure(session, FEEDS, scenario=scenario, min_count=10**6, min_duration_s=0.1, max_duration_s=0.2, max_warmup_s=0.005, hang_grace_s=0.1)
+    assert not result.valid
+    assert "did not come back within" in result.reasons[0]
+    assert 0 < result.count < 300
+    session.close()
+    assert not session.closed, "a session whose run has not ended must not be closed"
+    session.release.set()
+    assert gc.isenabled()
+
+
+def test_an_unknown_scenario_is_named():
+    with pytest.raises(IsthmusError, match="scenario 'Server' is unknown: there are SingleStream, MultiStream, Offline"):
+        Rules(scenario="Server")
+    with pytest.raises(IsthmusError, match="no feeds"):
+        measure(Sleeping(), [])
+
+
+# ---- energy
+class Meter:
+    """Ten watts idle; one joule more for each run of the session."""
+
+    source = "a meter of the test"
+
+    def __init__(self, session: Sleeping, joules_each: float) -> None:
+        self.session, self.joules_each, self.running = session, joules_each, False
+
+    def start(self):
+        self.running, self.begun = True, time.perf_counter()
+
+    def energy_j(self):
+        assert self.running
+        return 10 * (time.perf_counter() - self.begun) + self.joules_each * self.session.runs
+
+    def stop(self):
+        self.running = False
+
+
+def test_idle_power_is_subtracted():
+    session = Sleeping()
+    meter = Meter(session, 1.0)
+    result = bench.measure(session, FEEDS, Rules(min_duration_s=0.1, percentile=50, idle_s=0.05, max_warmup_s=0.1), meter=meter)
+    assert result.energy_j == pytest.approx(1.0, rel=0.05)
+    assert result.conditions["energy"]["source"] == "a meter of the test"
+    assert result.conditions["energy"]["idle_w"] == pytest.approx(10, rel=0.02)
+    assert not meter.running
+
+
+def test_energy_that_does_not_rise_above_idle_is_not_quoted():
+    session = Sleeping()
+    result = bench.measure(session, FEEDS, Rules(min_duration_s=0.05, percentile=50, idle_s=0.05, max_warmup_s=0.1), meter=Meter(session, -1.0))
+    assert result.energy_j is None
+    assert measure(Sleeping(), FEEDS, percentile=50, min_duration_s=0, max_warmup_s=0.1).conditions["energy"] == "no power meter was read"

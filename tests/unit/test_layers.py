@@ -25,13 +25,15 @@ TOP = {
     "zoo_source",
     "cost_model",
     "post_training",
+    "module_training",
     "sensitivity_model",
     "auto_recipe",
     "bench_bundle",
     "run_bundle",
+    "layerwise",
     "report_bundle",
 }
-DEVICE = {"spec", "errors", "bundle", "session", "compare", "bench", "conditions"}  # what `runtimes` needs of the core: numpy alone
+DEVICE = {"spec", "errors", "bundle", "session", "compare", "bench", "measurement", "conditions", "affinity", "loadgen"}  # what `runtimes` needs of the core: numpy alone
 ONNX = {"onnx", "onnx_ir", "google"}  # google.protobuf is what onnx stands on
 # Libraries beside numpy, by folder; a target or an engine brings its own (OWN).
 LIBRARIES = {
@@ -45,8 +47,10 @@ TOP_LIBRARIES = {"typer", "click", "rich", "PIL", *ONNX}
 OWN = {
     # In the core only inside a function: whoever does not use it does not need it.
     "core/dataset": {"PIL"},
+    "core/loadgen": {"mlperf_loadgen"},
     "core/float_model": {"onnxruntime"},
     "core/source": {"torch"},
+    "core/module_training": {"torch"},
     "core/zoo_source": {"torch"},
     "targets/tflite": {"ai_edge_litert", "flatbuffers"},
     "targets/jetson": {"tensorrt_rtx", "tensorrt"},

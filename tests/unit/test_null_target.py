@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from isthmus.bench import measure
+from isthmus.bench import Rules, measure
 from isthmus.errors import IsthmusError
 from isthmus.form_writer import FormWriter
 from isthmus.graph import QuantGraph
@@ -63,7 +63,7 @@ def test_its_session_has_the_border_and_no_numbers(tmp_path: Path) -> None:
 def test_it_measures_the_harness_alone(tmp_path: Path) -> None:
     feeds = {"x": np.zeros((1, 8), np.int8)}
     with session_of(graph_with_tail(), tmp_path) as session:
-        measurement = measure(session, feeds, min_count=1000, min_duration_s=0.05, max_duration_s=5.0)
+        measurement = measure(session, feeds, Rules(min_count=1000, min_duration_s=0.05, max_duration_s=5.0))
     assert measurement.count >= 1000
     assert measurement.p50_ns < 100_000  # microseconds at most: nothing is computed
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.bench import Measurement
+from isthmus.measurement import Measurement
 from isthmus.cost import cost_of_graph
 from isthmus.errors import IsthmusError
 from isthmus.form_writer import FormWriter
@@ -140,7 +140,7 @@ def measurement(count: int = 1000, **changes) -> Measurement:
     samples = np.random.default_rng(1).lognormal(10, 0.2, count).astype(np.int64)
     conditions = {"engine": "onnxruntime", "engine_version": "1.32.0", "threads": 1, "cpu_model": "Test CPU", "cpu_count": 2, "load_average": [0.1, 0.1, 0.1]}
     conditions |= {"harness_overhead_ns": 150, "interleaved": ["cpu", "rpi5"], "host": "testhost", "governor": None}
-    return Measurement("SingleStream", samples, 40, conditions, **changes)
+    return Measurement("SingleStream", samples, 40, len(samples), int(samples.sum()), conditions, **changes)
 
 
 MEASUREMENTS = {"cpu": measurement(), "rpi5": measurement(700)}
@@ -250,7 +250,7 @@ def test_float_tail_is_named_as_one():
 
 def test_measurement_that_is_not_valid_says_so():
     short = measurement(100, valid=False, reasons=("time limit of 1 s: 100 of 662 samples",))
-    empty = Measurement("SingleStream", np.zeros(0, np.int64), 0, {}, None, False, ("engine raised RuntimeError: gone",))
+    empty = Measurement("SingleStream", np.zeros(0, np.int64), 0, 0, 0, {}, None, False, ("engine raised RuntimeError: gone",))
     seen = page(measurements={"cpu": short, "rpi5": empty})
     rows = seen.rows("artifact-comparison")
     assert rows["cpuboard of cpu"][5].startswith(figures.duration(short.p50_ns) + " not valid")
@@ -263,7 +263,7 @@ def test_measurement_that_is_not_valid_says_so():
 
 @pytest.mark.parametrize("samples", [[1], [5, 5, 5], [0, 0], [0, 10**9], [1, 2**62, 2**62, 2**62], list(range(1, 3000, 7))])
 def test_drawings_of_odd_series(samples):
-    odd = Measurement("SingleStream", np.array(samples, np.int64), 0, {}, None, False, ("for the test",))
+    odd = Measurement("SingleStream", np.array(samples, np.int64), 0, len(samples), 1, {}, None, False, ("for the test",))
     drawn = text(measurements={"cpu": odd, "rpi5": odd})
     Page(drawn)
     numbers = re.findall(r' (?:x|y|x1|x2|y1|y2|cx|cy|width|height|r)="([^"]*)"', drawn)
@@ -348,7 +348,7 @@ def test_hostile_names_stay_text():
     data = poisoned(manifest(), HOSTILE)
     names = list(data["artifacts"])
     conditions = dict.fromkeys(("engine", "engine_version", "cpu_model", "board", HOSTILE), HOSTILE) | {"interleaved": [HOSTILE, HOSTILE]}
-    bad = Measurement("SingleStream", np.arange(1000), 1, conditions, None, False, (HOSTILE,))
+    bad = Measurement("SingleStream", np.arange(1000), 1, 1000, 499_500, conditions, None, False, (HOSTILE,))
     layers = [{**row, "name": HOSTILE, "activation": HOSTILE} for row in layers_of(GRAPH)]
     drawn = render(data, {names[0]: bad, names[1]: bad}, COST, layers, logs={names[1]: {HOSTILE: HOSTILE}}, unmeasured={names[2]: HOSTILE})
     seen = Page(drawn)
