@@ -14,6 +14,7 @@ from isthmus.bench import SCENARIOS, Rules, measure, raw_feeds
 from isthmus.bundle import Bundle
 from isthmus.compare import compare_outputs
 from isthmus.errors import IsthmusError
+from isthmus.runtimes.power import open_meter
 from isthmus.session import Session
 from isthmus.spec import TensorSpec
 
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument("--min-count", type=int, default=1000)
             command.add_argument("--percentile", type=float, default=99.0, help="the one to be quoted: it decides how many samples are needed")
             command.add_argument("--samples-per-query", type=int, default=8, help="MultiStream: inferences in a query")
+            command.add_argument("--power", default="none", metavar="METER", help="joules an inference: auto, none, ina, tegrastats, rapl or csv:FILE")
             command.add_argument("--pin", metavar="CPUS", help="processors to stay on, such as 0 or 0,2-3")
     given = parser.parse_args(arguments)
     try:
@@ -61,8 +63,9 @@ def _run(given: argparse.Namespace) -> int:
         threads=given.threads,
     )
     cpus = parse_cpus(given.pin) if given.pin is not None else None
+    meter = open_meter(given.power)
     with pinned(cpus), bundle.open_session(profile, given.threads, given.trust_bundle) as session:
-        measurement = measure(session, raw_feeds(session, golden), rules)
+        measurement = measure(session, raw_feeds(session, golden), rules, meter=meter)
     print(json.dumps({"profile": profile} | measurement.to_json()))
     return 0
 

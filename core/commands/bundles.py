@@ -87,6 +87,7 @@ def bench(
     ] = 120.0,
     samples_per_query: Annotated[int, typer.Option("--samples-per-query", help="MultiStream: inferences in a query.")] = 8,
     streams: Annotated[int | None, typer.Option("--streams", help="Offline: sessions that run at once (default: processors / threads).")] = None,
+    power: Annotated[str, typer.Option("--power", help="A power meter for joules an inference: auto, none, ina, tegrastats, rapl or csv:FILE.")] = "none",
     loadgen: Annotated[bool, typer.Option("--loadgen", help="Let MLPerf's LoadGen issue the queries (isthmus[bench]).")] = False,
     trust: Trust = False,
     as_json: Json = False,
@@ -96,6 +97,7 @@ def bench(
     from isthmus.bench import Rules
     from isthmus.bench_bundle import bench_bundle, latency_table
     from isthmus.report_bundle import add_report
+    from isthmus.runtimes.power import open_meter
 
     rules = Rules(
         scenario=scenario,
@@ -107,10 +109,11 @@ def bench(
         threads=threads,
     )
     cpus = parse_cpus(pin) if pin is not None else None
+    meter = open_meter(power)
     with Console(quiet=as_json) as console:
         console.say("measuring latency", None)
         opened, measurements = bench_bundle(
-            Bundle.open(bundle), targets or [], rules, against=against, cpus=cpus, streams=streams, loadgen=loadgen, trust=trust
+            Bundle.open(bundle), targets or [], rules, against=against, cpus=cpus, streams=streams, meter=meter, loadgen=loadgen, trust=trust
         )
         add_report(opened)
     if as_json:
