@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isthmus.affinity import pinned
 from isthmus.bench import OFFLINE, SCENARIOS, SINGLE_STREAM, EnergyMeter, Rules, measure, measure_interleaved, measure_offline, raw_feeds
@@ -20,6 +20,9 @@ from isthmus.errors import IsthmusError
 from isthmus.loadgen import measure_by_loadgen
 from isthmus.measurement import Measurement, ratio_interval
 from isthmus.session import Arrays, Session
+
+if TYPE_CHECKING:
+    from isthmus.runtimes.remote import Host, Say
 
 # What `isthmus bench` asks for where nothing else is said.
 BENCH_RULES = Rules(min_count=1000, min_duration_s=2.0, max_duration_s=120.0)
@@ -75,6 +78,31 @@ def bench_bundle(
     for profile in entries:
         bundle = bundle.add_report(_file(profile, rules.scenario), json.dumps(measurements[profile].to_json()).encode())
     return bundle, measurements
+
+
+def bench_on(
+    bundle: Bundle, profiles: Sequence[str], host: Host, rules: Rules = BENCH_RULES, *, pin: str | None = None, power: str = "none", say: Say
+) -> tuple[Bundle, dict[str, Measurement]]:
+    """Like `bench_bundle`, on a board over ssh: one profile (the bundle's only one where none is named), verified there first."""
+    from isthmus.runtimes.remote import measure_on
+
+    chosen = list(profiles or bundle.profiles)
+    if len(chosen) != 1:
+        raise IsthmusError(f"--host measures one artifact on its board: name it with --target ({', '.join(bundle.profiles)})")
+    settings = {
+        "--scenario": rules.scenario,
+        "--min-duration": rules.min_duration_s,
+        "--max-duration": rules.max_duration_s,
+        "--min-count": rules.min_count,
+        "--percentile": rules.percentile,
+        "--samples-per-query": rules.samples_per_query,
+        "--threads": rules.threads,
+        "--power": power,
+    } | ({"--pin": pin} if pin is not None else {})
+    measurement = measure_on(bundle, chosen[0], host, [str(word) for pair in settings.items() for word in pair], say)
+    measurement = replace(measurement, conditions={**measurement.conditions, "measured_over_ssh_on": host.address})
+    bundle = bundle.add_report(_file(chosen[0], rules.scenario), json.dumps(measurement.to_json()).encode())
+    return bundle, {chosen[0]: measurement}
 
 
 def read_measurements(bundle: Bundle) -> dict[str, Measurement]:

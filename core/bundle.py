@@ -105,6 +105,8 @@ class Bundle:
                 f"the artifact for {profile} is native code, and this user did not build {self.root}:"
                 " compile it here, or pass --trust-bundle if you know where it is from"
             )
+        if not hasattr(engine, "open_session"):
+            raise IsthmusError(f"{self.root}: engine {name!r} is no engine's name")
         session: Session = engine.open_session(self.folder(profile), entry, threads)
         return session
 
@@ -113,7 +115,7 @@ class Bundle:
         seal = self.root / SEAL
         if not seal.is_file() or seal.stat().st_size > 1024 or not _key_file().is_file():
             return False
-        expected = _seal((self.root / MANIFEST).read_bytes())
+        expected = user_seal((self.root / MANIFEST).read_bytes())
         return hmac.compare_digest(seal.read_bytes().strip(), expected)
 
     def add_report(self, name: str, content: bytes) -> Bundle:
@@ -231,15 +233,18 @@ def _check_entry(profile: Any, entry: Any, files: Mapping[str, Any]) -> None:
 
 
 def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest is not there in a board's Python 3.10
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _write_manifest(root: Path, manifest: Mapping[str, Any], sealed: bool) -> None:
     content = json.dumps(manifest, indent=1, sort_keys=False).encode()
     if sealed:
         # The seal goes first: between the two writes the bundle counts as unsealed, never as falsely sealed.
-        _write_at_once(root / SEAL, _seal(content) + b"\n")
+        _write_at_once(root / SEAL, user_seal(content) + b"\n")
     _write_at_once(root / MANIFEST, content)
 
 
@@ -325,8 +330,8 @@ def _key_file() -> Path:
     return Path(home) / "isthmus" / "seal.key"
 
 
-def _seal(content: bytes) -> bytes:
-    """HMAC-SHA256 of the manifest with this user's key, which is made at first use and never leaves its file."""
+def user_seal(content: bytes) -> bytes:
+    """HMAC-SHA256 with this user's key, which is made at first use and never leaves its file. Seals manifests, and native code in a cache."""
     file = _key_file()
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ THROTTLED = Path("/sys/devices/platform/soc/soc:firmware/get_throttled")  # Rasp
 def host_conditions() -> dict[str, Any]:
     """Machine, processor, clocks, load and versions, as plain JSON data."""
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "host": platform.node(),
         "board": _read(Path("/proc/device-tree/model")),
         "cpu_model": _cpu_model(),

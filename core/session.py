@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from isthmus.errors import IsthmusError
 from isthmus.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from typing import Self  # novm: boards have Python 3.10, which has none
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -23,7 +23,7 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 # Tools of the tests alone; the program's own are in `isthmus.tools`.
-TEST_PROGRAMS = {"chromium": "apt install chromium", "make": "apt install make"}
+TEST_PROGRAMS = {"chromium": "apt install chromium", "make": "apt install make", "sshd": "apt install openssh-server"}
 
 
 def promised() -> set[str]:
@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _look_up(name: str) -> tuple[str, str]:
     """Path of the tool ("" where it is missing), and the command that brings it."""
     if name in TEST_PROGRAMS:
-        return shutil.which(name) or "", TEST_PROGRAMS[name]
+        return shutil.which(name) or shutil.which(name, path="/usr/sbin") or "", TEST_PROGRAMS[name]  # sbin is on no user's PATH
     tool = find_tool(name)
     return (tool.path or tool.name) if tool.found else "", tool.fix
 

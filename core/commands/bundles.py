@@ -3,14 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from isthmus.bundle import Bundle
 from isthmus.commands.options import BundlePath, Json, Targets, Threads, Trust, print_json, shown
 from isthmus.console import Console
+from isthmus.errors import IsthmusError
+
+if TYPE_CHECKING:
+    from isthmus.bench import Rules
+    from isthmus.measurement import Measurement
+    from isthmus.runtimes.remote import Host
 
 
 def verify(
@@ -86,6 +93,10 @@ def bench(
         float, typer.Option("--max-duration", help="Seconds after which a measurement ends, and is not valid if it had not enough.")
     ] = 120.0,
     samples_per_query: Annotated[int, typer.Option("--samples-per-query", help="MultiStream: inferences in a query.")] = 8,
+    host: Annotated[str | None, typer.Option("--host", help="user@board: measure there, over ssh.")] = None,
+    port: Annotated[int | None, typer.Option("--port", help="The board's ssh port.")] = None,
+    identity: Annotated[Path | None, typer.Option("--identity", help="The ssh key to log in with.")] = None,
+    board_python: Annotated[str, typer.Option("--board-python", help="The board's Python, 3.10 or newer.")] = "python3",
     streams: Annotated[int | None, typer.Option("--streams", help="Offline: sessions that run at once (default: processors / threads).")] = None,
     power: Annotated[str, typer.Option("--power", help="A power meter for joules an inference: auto, none, ina, tegrastats, rapl or csv:FILE.")] = "none",
     loadgen: Annotated[bool, typer.Option("--loadgen", help="Let MLPerf's LoadGen issue the queries (isthmus[bench]).")] = False,
@@ -95,9 +106,10 @@ def bench(
     """Latency or throughput of the artifacts that run here; several take turns; raw samples go into the bundle."""
     from isthmus.affinity import parse_cpus
     from isthmus.bench import Rules
-    from isthmus.bench_bundle import bench_bundle, latency_table
+    from isthmus.bench_bundle import bench_bundle
     from isthmus.report_bundle import add_report
     from isthmus.runtimes.power import open_meter
+    from isthmus.runtimes.remote import Host
 
     rules = Rules(
         scenario=scenario,
@@ -109,6 +121,11 @@ def bench(
         threads=threads,
     )
     cpus = parse_cpus(pin) if pin is not None else None
+    if host is not None:
+        if against is not None or loadgen or streams is not None:
+            raise IsthmusError("--host measures one artifact on its board: without --against, --loadgen and --streams")
+        _bench_on(bundle, targets or [], Host.named(host, port, board_python, identity), rules, pin, power, as_json)
+        return
     meter = open_meter(power)
     with Console(quiet=as_json) as console:
         console.say("measuring latency", None)
@@ -116,23 +133,39 @@ def bench(
             Bundle.open(bundle), targets or [], rules, against=against, cpus=cpus, streams=streams, meter=meter, loadgen=loadgen, trust=trust
         )
         add_report(opened)
-    if as_json:
-        print_json(
-            {
-                name: measurement.figures()
-                | {
-                    "scenario": measurement.scenario,
-                    "valid": measurement.valid,
-                    "reasons": list(measurement.reasons),
-                    "warmup_count": measurement.warmup_count,
-                    "energy_j": measurement.energy_j,
-                    "conditions": dict(measurement.conditions),
-                }
-                for name, measurement in measurements.items()
-            }
-        )
-    else:
+    _show(measurements, as_json)
+
+
+def _bench_on(bundle: Path, profiles: list[str], host: Host, rules: Rules, pin: str | None, power: str, as_json: bool) -> None:
+    from isthmus.bench_bundle import bench_on
+    from isthmus.report_bundle import add_report
+
+    with Console(quiet=as_json) as console:
+        opened, measurements = bench_on(Bundle.open(bundle), profiles, host, rules, pin=pin, power=power, say=console.say)
+        add_report(opened)
+    _show(measurements, as_json)
+
+
+def _show(measurements: Mapping[str, Measurement], as_json: bool) -> None:
+    from isthmus.bench_bundle import latency_table
+
+    if not as_json:
         print(latency_table(measurements))
+        return
+    print_json(
+        {
+            name: measurement.figures()
+            | {
+                "scenario": measurement.scenario,
+                "valid": measurement.valid,
+                "reasons": list(measurement.reasons),
+                "warmup_count": measurement.warmup_count,
+                "energy_j": measurement.energy_j,
+                "conditions": dict(measurement.conditions),
+            }
+            for name, measurement in measurements.items()
+        }
+    )
 
 
 def run(
