@@ -113,7 +113,7 @@ def environment(root: str, wheel_file: str, module: str, distribution: str) -> d
         run([sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", place], "cannot make an environment (Debian: apt install python3-venv)")
         missing = [wanted for needed, wanted in (("numpy", "numpy"), (module, distribution)) if wanted and not imports(python, needed)]
         if missing:  # pip takes seconds to arrive: only where it has work
-            run([python, "-m", "ensurepip", "-q"], "cannot bring pip (Debian: apt install python3-venv)")
+            run([python, "-m", "ensurepip"], "cannot bring pip (Debian: apt install python3-venv)")
             run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-input", *missing], "cannot install " + " and ".join(missing))
         site = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).decode().strip()
         with zipfile.ZipFile(wheel_file) as archive:  # pure Python, made by the host: to unpack it is to install it
