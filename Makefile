@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 STAGES := train quantize export targets runtimes
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: demo test test-device lint format install clean
+.PHONY: demo test test-device test-arm64 lint format install clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -26,6 +26,10 @@ test: $(STAMP)
 # What a device needs, in an environment that has only that: installs into a temporary folder.
 test-device: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# The device package under an emulated arm64: needs root, Debian's qemu-user-static and debootstrap, a network.
+test-arm64: $(STAMP)
+	$(BIN)/python tests/arm64/emulate.py --transcript docs/arm64.md
 
 lint: $(STAMP) typecheck-tree
 	$(BIN)/ruff check .
