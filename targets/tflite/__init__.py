@@ -11,17 +11,23 @@ from isthmus.graph import QuantGraph, QuantNode
 from isthmus.plan import BuildPlan
 from isthmus.profile import Profile
 from isthmus.target import Option, Target, carried_steps
+from isthmus.targets.tflite.islands import island_problems
 from isthmus.targets.tflite.ranges import pairs_overflow
 from isthmus.targets.tflite.rounding import ROUNDING, scale_and_zero
+from isthmus.targets.tflite.sampling import sampling_problems
 
 ARTIFACT = "model.tflite"
 BORDERS = ("int8", "float32")
 ROUNDINGS = ("exact", "native")
 WINDOW_RANKS = (3, 4)  # one or two space axes
+IMAGE_OPS = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "ResizeNearest", "ResizeLinear"})
+# Axes that the kernels of TFLite and XNNPACK take.
+LARGEST_RANKS = {"Transpose": 6, "Slice": 5, "Split": 6, "Pad": 5, "Expand": 8, "BatchMatMul": 5, "Add": 6, "Sub": 6, "Mul": 6}
 ENGINE_NOTE = (
     "compared in LiteRT with XNNPACK, its default; tflite-runtime 2.14 opens the same file, but runs int8 layers in TFLite's own kernels, "
     "which round halves away from zero: up to 1 LSB a layer"
 )
+MICRO_NOTE = "its reference kernels round halves away from zero: up to 1 LSB a layer"
 REQUANTISATION_LIMIT = 256.0  # XNNPACK refuses a larger input_scale * weight_scale / output_scale
 
 
@@ -31,16 +37,18 @@ class TfliteTarget(Target):
     def check(self, graph: QuantGraph, profile: Profile) -> list[Problem]:
         problems = super().check(graph, profile)
         for node in graph.nodes:
-            if node.op in ("Conv", "MaxPool", "AveragePool", "GlobalAveragePool"):
+            if node.op in IMAGE_OPS:
                 problems += _window_problems(graph, node)
             problems += _weight_problems(graph, node)
             if node.weight_scale is not None or node.op == "Requantize":
                 problems += _scale_problems(graph, node)
-            if node.op == "Softmax" and node.kind == "float":
-                problems += _softmax_problems(graph, node)
+            problems += _rank_problems(graph, node)
+            if node.kind == "float":
+                problems += sampling_problems(graph, node) if node.op == "GridSample" else island_problems(graph, node)
         return problems
 
     def plan(self, graph: QuantGraph, profile: Profile, options: Mapping[str, Any]) -> BuildPlan:
+        from isthmus.targets.tflite.c_array import SOURCE, c_files
         from isthmus.targets.tflite.lower import lower  # brings ai-edge-litert, which `check` and the list of targets do without
 
         chosen = self.with_defaults(options)
@@ -48,8 +56,13 @@ class TfliteTarget(Target):
         _one_of("rounding", chosen["rounding"], ROUNDINGS)
         lowered = lower(graph, raw_border=chosen["io"] == "int8", exact=chosen["rounding"] == "exact")
         max_lsb, why_lsb = _difference(lowered.inexact)
+        files, notes = {ARTIFACT: lowered.content}, [ENGINE_NOTE]
+        if chosen["emit_c"]:
+            sources, arena = c_files(lowered.content, graph.digest, lowered.inputs, lowered.outputs)
+            files |= sources
+            notes.append(f"{SOURCE} holds the model for TensorFlow Lite Micro, which needs an arena of about {arena.size_bytes:,} bytes; {MICRO_NOTE}")
         return BuildPlan(
-            files={ARTIFACT: lowered.content},
+            files=files,
             steps=(),
             artifact=ARTIFACT,
             engine="tflite",
@@ -57,7 +70,7 @@ class TfliteTarget(Target):
             outputs=lowered.outputs,
             max_lsb=max_lsb,
             why_lsb=why_lsb,
-            notes=(ENGINE_NOTE,),
+            notes=tuple(notes),
             options=chosen,
         )
 
@@ -98,13 +111,13 @@ def _scale_problems(graph: QuantGraph, node: QuantNode) -> list[Problem]:
     return [Problem(node.name, "tflite-scale", found, "the output's scale is far too small: calibrate again")]
 
 
-def _softmax_problems(graph: QuantGraph, node: QuantNode) -> list[Problem]:
-    rank = len(graph.tensors[node.inputs[0]].shape)
-    axis = int(node.attributes.get("axis", -1)) % rank
-    if axis == rank - 1 or (axis == 1 and rank in WINDOW_RANKS):
+def _rank_problems(graph: QuantGraph, node: QuantNode) -> list[Problem]:
+    """What TFLite's kernels take of axes, where that is less than any number."""
+    limit = LARGEST_RANKS.get(node.op)
+    rank = max((len(graph.tensors[name].shape) for name in (*node.inputs, *node.outputs)), default=0)
+    if limit is None or rank <= limit:
         return []
-    fix = "TFLite's runs along the channels or the last axis: move the axis"
-    return [Problem(node.name, "tflite-softmax-axis", f"Softmax along axis {axis} of {rank}", fix)]
+    return [Problem(node.name, "tflite-rank", f"{node.op} on {rank} axes", f"TFLite takes up to {limit}: merge axes with a Reshape in front")]
 
 
 def _difference(nodes: tuple[QuantNode, ...]) -> tuple[int, str]:
@@ -119,11 +132,15 @@ def _difference(nodes: tuple[QuantNode, ...]) -> tuple[int, str]:
 TARGET = TfliteTarget(
     name="tflite",
     ops=frozenset({
-        "Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool", "GlobalAveragePool", "Relu", "Clip", "Flatten", "Reshape", "Concat", "Requantize",
+        "Conv", "ConvTranspose", "Gemm", "MatMul", "BatchMatMul", "Add", "Sub", "Mul", "Constant",
+        "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "ResizeNearest", "ResizeLinear",
+        "Relu", "Clip", "Requantize", "LeakyRelu", "PRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Silu", "Mish", "Gelu", "Softplus", "Elu",
+        "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Concat", "Split", "Slice", "Pad", "Transpose", "Expand", "DepthToSpace", "SpaceToDepth", "Gather",
     }),
-    float_ops=frozenset({"Softmax"}),
+    float_ops=frozenset({"Softmax", "LayerNormalization", "ArgMax", "Cast", "GridSample"}),
     options={
         "io": Option("int8", "what the file takes and gives: int8 (raw, no conversion inside) or float32"),
+        "emit_c": Option(False, "also model_data.c and model_data.h: the file as a C array with its arena's size, for TensorFlow Lite Micro"),
         "rounding": Option("exact", "exact: Add and Requantize round as the reference does; native: TFLite's own kernels, up to 1 LSB apart"),
     },
 )  # fmt: skip

@@ -23,33 +23,76 @@ RUNTIME_VERSION_BYTES = 16
 # The first TensorFlow Lite that reads an operator at that version (tools/versioning/runtime_version.cc); the smallest version that
 # has what we write, so that an old runtime on a board still loads the file.
 MIN_RUNTIME: Mapping[tuple[str, int], str] = {
+    ("ABS", 1): "1.13.0",
     ("ADD", 1): "1.5.0",
     ("ADD", 2): "1.14.0",
+    ("ARG_MAX", 1): "1.9.0",
+    ("BATCH_MATMUL", 1): "2.3.0",
+    ("BROADCAST_TO", 3): "2.5.0",
+    ("CAST", 1): "1.5.0",
+    ("CONCATENATION", 1): "1.5.0",
     ("CONCATENATION", 2): "1.14.0",
     ("CONV_2D", 3): "1.14.0",
     ("CONV_2D", 6): "2.9.0",
     ("DEPTHWISE_CONV_2D", 2): "1.12.0",
     ("DEPTHWISE_CONV_2D", 3): "1.14.0",
+    ("DEPTH_TO_SPACE", 1): "2.1.0",
     ("DEQUANTIZE", 2): "1.14.0",
+    ("DIV", 1): "1.6.0",
+    ("ELU", 1): "1.14.0",
+    ("EXP", 1): "1.7.0",
+    ("FLOOR", 1): "1.9.0",
     ("FULLY_CONNECTED", 4): "1.14.0",
     ("FULLY_CONNECTED", 5): "2.0.0",
+    ("GATHER", 1): "1.6.0",
+    ("GATHER", 2): "1.14.0",
+    ("GATHER", 5): "2.5.0",
+    ("GELU", 1): "2.9.0",
+    ("LEAKY_RELU", 1): "1.13.1",
+    ("LEAKY_RELU", 2): "2.3.0",
+    ("LOG", 1): "1.14.0",
+    ("LOGISTIC", 1): "1.14.0",
+    ("LOGISTIC", 2): "1.14.0",
     ("MAXIMUM", 1): "1.14.0",
     ("MAXIMUM", 2): "1.14.0",
     ("MAX_POOL_2D", 2): "1.14.0",
+    ("MEAN", 1): "1.6.0",
     ("MEAN", 2): "1.14.0",
     ("MINIMUM", 1): "1.14.0",
     ("MINIMUM", 2): "1.14.0",
     ("MUL", 1): "1.5.0",
+    ("MUL", 2): "1.14.0",
+    ("NEG", 1): "1.9.0",
     ("PAD", 2): "1.14.0",
     ("PADV2", 2): "1.14.0",
+    ("PRELU", 1): "1.8.0",
     ("QUANTIZE", 1): "1.14.0",
+    ("RELU", 1): "1.5.0",
     ("RELU", 2): "2.1.0",
+    ("RELU6", 1): "1.5.0",
     ("RELU6", 2): "1.14.0",
     ("RELU_0_TO_1", 1): "2.10.0",
     ("RELU_N1_TO_1", 1): "1.5.0",
     ("RESHAPE", 1): "1.5.0",
+    ("RESIZE_BILINEAR", 1): "1.7.0",
+    ("RESIZE_BILINEAR", 3): "2.2.0",
+    ("RESIZE_NEAREST_NEIGHBOR", 3): "2.3.0",
+    ("ROUND", 1): "1.14.0",
+    ("RSQRT", 1): "1.10.0",
+    ("SLICE", 1): "1.14.0",
+    ("SLICE", 2): "1.14.0",
     ("SOFTMAX", 1): "1.5.0",
+    ("SPACE_TO_DEPTH", 2): "1.14.0",
+    ("SPLIT", 2): "1.14.0",
+    ("SQUARED_DIFFERENCE", 1): "1.13.1",
+    ("STRIDED_SLICE", 2): "1.14.0",
+    ("SUB", 1): "1.6.0",
+    ("SUB", 2): "1.14.0",
+    ("SUM", 1): "1.10.0",
+    ("TANH", 1): "1.14.0",
+    ("TANH", 2): "1.14.0",
     ("TRANSPOSE", 2): "1.14.0",
+    ("TRANSPOSE_CONV", 3): "2.3.0",
 }
 
 
@@ -126,7 +169,7 @@ class ModelWriter:
         model.subgraphs = [self._subgraph([index for _, index in inputs], [index for _, index in outputs])]
         model.signatureDefs = [self._signature(inputs, outputs)]
         model.buffers = self._buffers
-        builder = _aligning_builder()
+        builder = aligning_builder()
         builder.Finish(model.Pack(builder), IDENTIFIER)
         return bytes(builder.Output())
 
@@ -201,7 +244,7 @@ def _version_order(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
-def _aligning_builder() -> Any:
+def aligning_builder() -> Any:
     import flatbuffers
 
     class AligningBuilder(flatbuffers.Builder):

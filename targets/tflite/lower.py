@@ -8,41 +8,70 @@ from dataclasses import dataclass, replace
 
 from isthmus.graph import QuantGraph, QuantNode
 from isthmus.spec import TensorSpec
-from isthmus.targets.tflite import elementwise, pools, weighted
+from isthmus.targets.tflite import arithmetic, elementwise, functions, islands, means, moves, pools, sampling, transposed, weighted
 from isthmus.targets.tflite.lowering import Lowering, Order, Placed
 
 DIGEST_KEY = "isthmus.digest"
-WINDOWED = frozenset({"Conv", "MaxPool", "AveragePool", "GlobalAveragePool"})
+IMAGES = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "ResizeNearest", "ResizeLinear"})
+KEEPS_AXES = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "Requantize", "Relu", "Clip", "Add", "Sub", "Mul", "Concat", "Pad", "Slice", *functions.FLOAT_FORMS},
+)
 LAST_LAYOUTS = {3: "NWC", 4: "NHWC"}
 
-LOWERINGS: Mapping[str, Callable[[Lowering, QuantNode], None]] = {
+INT8_LOWERINGS: Mapping[str, Callable[[Lowering, QuantNode], None]] = {
+    "Constant": elementwise.lower_constant,
     "Conv": weighted.lower_conv,
+    "ConvTranspose": transposed.lower_conv_transpose,
     "Gemm": weighted.lower_gemm,
     "MatMul": weighted.lower_gemm,
+    "BatchMatMul": arithmetic.lower_batch_matmul,
+    "Add": arithmetic.lower_sum,
+    "Sub": arithmetic.lower_sum,
+    "Mul": arithmetic.lower_product,
     "MaxPool": pools.lower_max_pool,
     "AveragePool": pools.lower_average_pool,
     "GlobalAveragePool": pools.lower_global_average_pool,
-    "Add": elementwise.lower_add,
+    "ReduceMean": means.lower_reduce_mean,
+    "ResizeNearest": means.lower_resize_nearest,
+    "ResizeLinear": means.lower_resize_linear,
     "Relu": elementwise.lower_clamp,
     "Clip": elementwise.lower_clamp,
     "Requantize": elementwise.lower_requantise,
-    "Concat": elementwise.lower_concat,
-    "Flatten": elementwise.lower_reshape,
-    "Reshape": elementwise.lower_reshape,
-    "Softmax": elementwise.lower_softmax,
-    "QuantizeLinear": elementwise.lower_quantise,
-    "DequantizeLinear": elementwise.lower_quantise,
+    **dict.fromkeys(functions.FLOAT_FORMS, functions.lower_function),
+    **dict.fromkeys(("Flatten", "Reshape", "Squeeze", "Unsqueeze"), moves.lower_reshape),
+    "Concat": moves.lower_concat,
+    "Split": moves.lower_split,
+    "Slice": moves.lower_slice,
+    "Pad": moves.lower_pad,
+    "Transpose": moves.lower_transpose,
+    "Expand": moves.lower_expand,
+    "DepthToSpace": moves.lower_depth_to_space,
+    "SpaceToDepth": moves.lower_space_to_depth,
+    "Gather": moves.lower_gather,
 }
+FLOAT_LOWERINGS: Mapping[str, Callable[[Lowering, QuantNode], None]] = {
+    "Softmax": islands.lower_softmax,
+    "LayerNormalization": islands.lower_layer_norm,
+    "ArgMax": islands.lower_arg_max,
+    "Cast": islands.lower_cast,
+    "GridSample": sampling.lower_grid_sample,
+}
+BORDER_LOWERINGS: Mapping[str, Callable[[Lowering, QuantNode], None]] = dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), islands.lower_quantise)
+LOWERINGS = {"int8": INT8_LOWERINGS, "float": FLOAT_LOWERINGS, "border": BORDER_LOWERINGS}
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """The file, its border in the order of the graph's, and the nodes whose result may differ from the reference."""
+    """The file, its border in the order of the graph's, and the nodes whose result may differ from the reference.
+
+    `orders`: how each form tensor that has one of its own lies in the file, with the image's form shape where it is flattened.
+    """
 
     content: bytes
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     inexact: tuple[QuantNode, ...]
+    orders: Mapping[str, tuple[Order, tuple[int, ...]]]
 
 
 def lower(graph: QuantGraph, *, raw_border: bool = True, exact: bool = True) -> Lowered:
@@ -51,7 +80,7 @@ def lower(graph: QuantGraph, *, raw_border: bool = True, exact: bool = True) -> 
     inputs = [_input(lowering, index, raw_border) for index in range(len(graph.inputs))]
     for node in graph.nodes:
         if not lowering.is_placed(node.output) and not (raw_border and _is_output_border(graph, node)):
-            LOWERINGS[node.op](lowering, node)
+            LOWERINGS[node.kind][node.op](lowering, node)
     outputs = [_output(lowering, index, raw_border) for index in range(len(graph.outputs))]
     content = lowering.writer.to_bytes(
         [(spec.name, placed.index) for spec, placed in inputs],
@@ -59,7 +88,7 @@ def lower(graph: QuantGraph, *, raw_border: bool = True, exact: bool = True) -> 
         {DIGEST_KEY: graph.digest.encode()},
         "isthmus",
     )
-    return Lowered(content, tuple(spec for spec, _ in inputs), tuple(spec for spec, _ in outputs), tuple(lowering.inexact))
+    return Lowered(content, tuple(spec for spec, _ in inputs), tuple(spec for spec, _ in outputs), tuple(lowering.inexact), lowering.orders())
 
 
 def _is_output_border(graph: QuantGraph, node: QuantNode) -> bool:
@@ -111,6 +140,5 @@ def _channels_last(spec: TensorSpec) -> TensorSpec:
 
 
 def _reaches_window(graph: QuantGraph, name: str) -> bool:
-    """A convolution or pool reads the tensor, or what keeps its axes in between: [N, C, W] is then a line of pixels, not a batch of rows."""
-    keeps = ("QuantizeLinear", "DequantizeLinear", "Requantize", "Relu", "Clip", "Add", "Concat")
-    return any(node.op in WINDOWED or (node.op in keeps and _reaches_window(graph, node.output)) for node in graph.consumers(name))
+    """An operator on images reads the tensor, or what keeps its axes in between: [N, C, W] is then a line of pixels, not a batch of rows."""
+    return any(node.op in IMAGES or (node.op in KEEPS_AXES and _reaches_window(graph, node.output)) for node in graph.consumers(name))

@@ -17,6 +17,7 @@ from isthmus.targets.tflite.rounding import INT8_MAX, INT8_MIN
 FULL_RANGE = (INT8_MIN, INT8_MAX)
 FUSED = (("RELU", 0.0, np.inf), ("RELU6", 0.0, 6.0), ("RELU_N1_TO_1", -1.0, 1.0))  # what an operator's option table can name
 ALONE = (*FUSED, ("RELU_0_TO_1", 0.0, 1.0))  # what is an operator of its own
+LAST_AXES = {3: (0, 3, 2), 4: (0, 3, 1, 2)}  # form axis -> axis in the file, channels last, by rank
 
 
 class Order(enum.Enum):
@@ -37,6 +38,16 @@ class Placed:
 
     index: int
     shape: tuple[int, ...]
+
+
+def axis_in(order: Order, rank: int, axis: int) -> int:
+    """Where the form's `axis` of `rank` lies in the file."""
+    return LAST_AXES[rank][axis] if order is Order.LAST else axis
+
+
+def moves_nothing(shape: Sequence[int]) -> bool:
+    """[N, C, ...] and its channels-last order hold their elements in the same sequence."""
+    return len(shape) < 3 or shape[1] == 1 or int(np.prod(shape[2:])) == 1
 
 
 def shape_in(order: Order, shape: Sequence[int]) -> tuple[int, ...]:
@@ -61,6 +72,8 @@ class Lowering:
         self.flat_source: dict[str, tuple[int, ...]] = {}  # FLAT tensor -> form shape before it was flattened
         self._placed: dict[tuple[str, Order], Placed] = {}
         self._order: dict[str, Order] = {}
+        self._constants: dict[str, np.ndarray] = {}
+        self._stored: dict[int, np.ndarray] = {}  # constant in the file -> its real numbers
 
     # ---- tensors
     def spec(self, name: str) -> TensorSpec:
@@ -74,12 +87,48 @@ class Lowering:
         """The order in which the tensor was first written."""
         return self._order[name]
 
+    def orders(self) -> dict[str, tuple[Order, tuple[int, ...]]]:
+        """Every tensor that was written or taken: its order, and the form shape of the image where that is flattened."""
+        return {name: (order, self.flat_source.get(name, ()) if order is Order.FLAT else ()) for name, order in self._order.items()}
+
     def is_placed(self, name: str) -> bool:
         return name in self._order
 
     def place(self, name: str, order: Order, placed: Placed) -> None:
         self._placed[name, order] = placed
         self._order.setdefault(name, order)
+
+    def place_constant(self, name: str, values: np.ndarray) -> None:
+        """A form tensor whose values are known: every order of axes is written as it is asked for."""
+        self._constants[name] = values
+        self.place(name, Order.FORM, self._store(name, name, values))
+
+    def is_constant(self, name: str) -> bool:
+        return name in self._constants
+
+    def widened_constant(self, name: str, full: Sequence[int], order: Order) -> Placed:
+        """A constant of lower rank with the leading ones that broadcasting gives it, in that order."""
+        values = self._constants[name].reshape(full)
+        if order is Order.LAST:
+            values = values.transpose(0, *range(2, len(full)), 1).reshape(shape_in(order, full))
+        return self._store(name, f"{name}/{order.value}", values)
+
+    def _store(self, name: str, label: str, values: np.ndarray) -> Placed:
+        index = self.writer.constant(label, values, self.quantisation(name))
+        self._stored[index] = self.spec(name).dequantise(values)
+        return Placed(index, values.shape)
+
+    def common_order(self, node: QuantNode) -> Order:
+        """Channels last where one of the operands lies so; the form's order else."""
+        known = [self.order(name) for name in node.inputs if name not in self._constants]
+        return Order.LAST if Order.LAST in known and len(self.spec(node.output).shape) in LAST_AXES else Order.FORM
+
+    def elementwise_order(self, node: QuantNode) -> Order:
+        """A one-input operator that treats every element alike works in the order it finds."""
+        order = self.order(node.inputs[0])
+        if order is Order.FLAT:
+            self.flat_source[node.output] = self.flat_source[node.inputs[0]]
+        return order
 
     def write(self, name: str, order: Order) -> Placed:
         """A new tensor for what a node writes."""
@@ -106,10 +155,12 @@ class Lowering:
         if Order.FLAT in (present, order):
             raise RuntimeError(f"tensor {name} is wanted {order.value}, but lies {present.value}")  # the look-ahead in `reshaping` rules it out
         shape = self.spec(name).shape
-        held = self._placed[name, present]
         wanted = shape_in(order, shape)
         batch, channels, *space = shape
-        if channels == 1 or int(np.prod(space)) == 1:  # no element moves
+        if name in self._constants:
+            return self.widened_constant(name, shape, order)
+        held = self._placed[name, present]
+        if moves_nothing(shape):
             return self.reshape(held, f"{name}/{order.value}", wanted, like=name)
         if order is Order.LAST:
             moved = (batch, *space, channels)
@@ -129,6 +180,16 @@ class Lowering:
         extents = np.asarray(target.shape, np.int32)
         self.writer.operator("RESHAPE", 1, [source.index, self.writer.constant("shape", extents)], [target.index], "ReshapeOptions", newShape=extents)
 
+    def slice(self, source: Placed, target: Placed, begins: Sequence[int]) -> None:
+        """A block of `source` that starts at `begins` and has the extents of `target`."""
+        begin, size = (self.writer.constant(label, np.asarray(values, np.int32)) for label, values in (("begin", begins), ("size", target.shape)))
+        self.writer.operator("SLICE", 2, [source.index, begin, size], [target.index], "SliceOptions")
+
+    def gather(self, source: Placed, target: Placed, indices: np.ndarray, axis: int) -> None:
+        """Constant indices along one axis of an int8 tensor."""
+        places = self.writer.constant("indices", np.asarray(indices, np.int32))
+        self.writer.operator("GATHER", 2, [source.index, places], [target.index], "GatherOptions", axis=axis)
+
     def transpose(self, source: Placed, label: str, permutation: Sequence[int], shape: Sequence[int], like: str) -> Placed:
         placed = self.scratch(label, shape, like)
         axes = self.writer.constant("permutation", np.asarray(permutation, np.int32))
@@ -147,6 +208,12 @@ class Lowering:
             self.writer.operator("PADV2", 2, [source.index, amounts, fill], [placed.index], "PadV2Options")
         return placed
 
+    def real(self, source: Placed, label: str) -> Placed:
+        """An operand of float32 arithmetic: real numbers that are stored where it is a constant, behind a DEQUANTIZE else."""
+        if source.index not in self._stored:
+            return self.dequantise(source, label)
+        return Placed(self.writer.constant(label, self._stored[source.index]), source.shape)
+
     def dequantise(self, source: Placed, label: str) -> Placed:
         placed = self.scratch_float(label, source.shape)
         self.writer.operator("DEQUANTIZE", 2, [source.index], [placed.index], "DequantizeOptions")
@@ -154,6 +221,25 @@ class Lowering:
 
     def quantise(self, source: Placed, target: Placed) -> None:
         self.writer.operator("QUANTIZE", 1, [source.index], [target.index], "QuantizeOptions")
+
+    # ---- float32 arithmetic
+    def number(self, value: float) -> int:
+        return self.writer.constant("number", np.array([value], np.float32))
+
+    def float_operator(self, op: str, inputs: Sequence[int], shape: Sequence[int], options: str = "", version: int = 1, **fields: object) -> Placed:
+        """One float32 operator with one result of extents `shape`."""
+        result = self.scratch_float(op.lower(), shape)
+        self.writer.operator(op, version, inputs, [result.index], options, **fields)
+        return result
+
+    def quantise_bounded(self, node: QuantNode, real: Placed, target: Placed) -> None:
+        """What of the node's clamp no fused activation says, then QUANTIZE."""
+        _, bounds = self.activation(node.clamp, node.output)
+        spec = self.spec(node.output)
+        for op, bound in bounds:
+            limit = self.number((bound - int(spec.zero_point or 0)) * float(spec.scale or 1.0))
+            real = self.float_operator(op, [real.index, limit], target.shape, "MaximumMinimumOptions")
+        self.quantise(real, target)
 
     # ---- clamps
     def activation(self, clamp: tuple[int, int], name: str, known: Sequence[tuple[str, float, float]] = FUSED) -> tuple[str, list[tuple[str, int]]]:
@@ -183,6 +269,15 @@ class Lowering:
         first = target if not bounds else self.scratch(f"{node.output}/unclamped", target.shape, node.output)
         emit(first, self.writer.enum("ActivationFunctionType", activation))
         self.emit_bounds(first, target, bounds, node.output)
+
+    def emit_clamp(self, source: Placed, target: Placed, clamp: tuple[int, int], name: str) -> None:
+        """A clamp that stands alone, in steps of int8 tensor `name`: one of TFLite's four, or MAXIMUM and MINIMUM."""
+        activation, bounds = self.activation(clamp, name, ALONE)
+        if activation != "NONE":
+            middle = target if not bounds else self.scratch(f"{name}/unbounded", target.shape, name)
+            self.writer.operator(activation, 2 if activation in ("RELU", "RELU6") else 1, [source.index], [middle.index])
+            source = middle
+        self.emit_bounds(source, target, bounds, name)
 
     def emit_bounds(self, source: Placed, target: Placed, bounds: Sequence[tuple[str, int]], name: str) -> None:
         """A chain of MAXIMUM and MINIMUM in steps of int8 tensor `name`."""

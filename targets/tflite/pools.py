@@ -11,7 +11,7 @@ import numpy as np
 from isthmus import kernels
 from isthmus.graph import QuantNode
 from isthmus.targets.tflite.flatbuffer import Quantisation
-from isthmus.targets.tflite.lowering import Lowering, Order
+from isthmus.targets.tflite.lowering import Lowering, Order, Placed
 from isthmus.targets.tflite.ranges import lower_bound
 from isthmus.targets.tflite.rounding import INT8_MIN, WEIGHTS, Average, scale_and_zero
 from isthmus.targets.tflite.weighted import emit_depthwise, padded
@@ -50,7 +50,7 @@ def lower_average_pool(lowering: Lowering, node: QuantNode) -> None:
     if len(averages) == 1:
         weight = averages[0].convolution_weight()
         lowering.declare(node, weight is not None)
-        _by_convolution(lowering, node, seen, averages[0], weight or 1)
+        _by_convolution(lowering, node, seen, averages[0], weight or 1, lowering.write(node.output, Order.LAST))
         return
     exact = next((weight for weight in WEIGHTS if all(average.exact_in_float(weight) for average in averages)), None)
     lowering.declare(node, exact is not None)
@@ -58,7 +58,12 @@ def lower_average_pool(lowering: Lowering, node: QuantNode) -> None:
 
 
 def lower_global_average_pool(lowering: Lowering, node: QuantNode) -> None:
-    """Also an AveragePool over everything. MEAN; a depthwise convolution where XNNPACK's MEAN would round otherwise or the window is small."""
+    """Also an AveragePool over everything."""
+    emit_global_average(lowering, node, lowering.write(node.output, Order.LAST))
+
+
+def emit_global_average(lowering: Lowering, node: QuantNode, target: Placed) -> None:
+    """MEAN over height and width; a depthwise convolution where XNNPACK's MEAN would round otherwise or the window is small."""
     source = lowering.read(node.inputs[0], Order.LAST)
     _, height, width, _ = source.shape
     average = _average(lowering, node, height * width)
@@ -66,9 +71,8 @@ def lower_global_average_pool(lowering: Lowering, node: QuantNode) -> None:
     weight = average.convolution_weight() if small or not mean_is_exact else None
     lowering.declare(node, weight is not None or (mean_is_exact and not small))
     if weight is not None or small:
-        _by_convolution(lowering, node, Windows((height, width), (1, 1), (1, 1), (0, 0), (0, 0), "VALID"), average, weight or 1)
+        _by_convolution(lowering, node, Windows((height, width), (1, 1), (1, 1), (0, 0), (0, 0), "VALID"), average, weight or 1, target)
         return
-    target = lowering.write(node.output, Order.LAST)
     axes = lowering.writer.constant("axes", np.array([1, 2], np.int32))
     lowering.writer.operator("MEAN", 2, [source.index, axes], [target.index], "ReducerOptions", keepDims=True)
 
@@ -77,7 +81,7 @@ def _average(lowering: Lowering, node: QuantNode, count: int) -> Average:
     return Average(count, scale_and_zero(lowering.graph, node.inputs[0]), scale_and_zero(lowering.graph, node.output))
 
 
-def _by_convolution(lowering: Lowering, node: QuantNode, seen: Windows, average: Average, weight: int) -> None:
+def _by_convolution(lowering: Lowering, node: QuantNode, seen: Windows, average: Average, weight: int, target: Placed) -> None:
     source = padded(lowering, lowering.read(node.inputs[0], Order.LAST), node, seen)
     channels = source.shape[-1]
     scale = average.share(weight)
@@ -86,7 +90,6 @@ def _by_convolution(lowering: Lowering, node: QuantNode, seen: Windows, average:
     )
     bias_scale = np.float32(average.source[0]) * scale
     bias = lowering.writer.constant(f"{node.name}/bias", np.zeros(channels, np.int32), Quantisation.per_channel(bias_scale, channels, axis=0))
-    target = lowering.write(node.output, Order.LAST)
     emit_depthwise(lowering, [source.index, kernel, bias], target, seen, 1, lowering.writer.enum("ActivationFunctionType", "NONE"))
 
 

@@ -6,7 +6,13 @@ from __future__ import annotations
 import numpy as np
 
 from isthmus.graph import QuantGraph, QuantNode
+from isthmus.kernels import conv_like_weight
 from isthmus.targets.tflite.rounding import INT8_MIN, scale_and_zero
+
+PASSES_ON = frozenset({
+    "MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Split", "Slice", "Transpose", "Expand", "DepthToSpace", "SpaceToDepth", "Gather",
+    "ResizeNearest",
+})  # fmt: skip
 
 
 def lower_bound(graph: QuantGraph, name: str) -> int:
@@ -14,7 +20,7 @@ def lower_bound(graph: QuantGraph, name: str) -> int:
     node = graph.producer(name)
     if node is None or node.kind != "int8":
         return INT8_MIN
-    if node.op in ("MaxPool", "Reshape", "Flatten", "Concat"):
+    if node.op in PASSES_ON:
         return min(lower_bound(graph, source) for source in node.inputs)
     if node.op in ("AveragePool", "GlobalAveragePool"):
         (_, source), (_, target) = scale_and_zero(graph, node.inputs[0]), scale_and_zero(graph, node.output)
@@ -30,6 +36,7 @@ def pairs_overflow(graph: QuantGraph, node: QuantNode) -> int:
     """
     if node.weight is None or lower_bound(graph, node.inputs[0]) > INT8_MIN:
         return 0
+    weight = conv_like_weight(node.weight, int(node.attributes["group"])) if node.op == "ConvTranspose" else node.weight
     axis = 1 if node.op == "MatMul" else 0
-    lowest = (node.weight == INT8_MIN).sum(axis=tuple(other for other in range(node.weight.ndim) if other != axis))
+    lowest = (weight == INT8_MIN).sum(axis=tuple(other for other in range(weight.ndim) if other != axis))
     return int(np.max(lowest, initial=0)) if np.max(lowest, initial=0) > 1 else 0

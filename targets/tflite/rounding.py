@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from isthmus.graph import QuantGraph, QuantNode
+from isthmus.kernels import conv_like_weight
 
 EXACT_FLOAT32 = 2**24
 INT8_MIN, INT8_MAX = -128, 127
@@ -30,14 +31,14 @@ class Difference:
 
 
 _FLOAT32 = "XNNPACK multiplies the sum by a float32 scale; the reference by a float64 one: they part where the product lies next to a half"
+_DETOUR = "worked out in float32, the reference in float64: they part where the result lies next to a half"
+_FIXED_POINT = "XNNPACK adds with 21-bit fixed-point multipliers and rounds halves up; the reference rounds halves to even"
 ROUNDING: Mapping[str, Difference] = {
-    "Conv": Difference(1, _FLOAT32),
-    "Gemm": Difference(1, _FLOAT32),
-    "MatMul": Difference(1, _FLOAT32),
-    "Requantize": Difference(1, _FLOAT32),
-    "AveragePool": Difference(1, _FLOAT32),
-    "GlobalAveragePool": Difference(1, _FLOAT32),
-    "Add": Difference(1, "XNNPACK adds with 21-bit fixed-point multipliers and rounds halves up; the reference rounds halves to even"),
+    **{op: Difference(1, _FLOAT32) for op in ("Conv", "ConvTranspose", "Gemm", "MatMul", "Mul", "Requantize", "AveragePool", "GlobalAveragePool")},
+    **{op: Difference(1, _DETOUR) for op in ("BatchMatMul", "ReduceMean", "ResizeLinear")},
+    **{op: Difference(1, _FIXED_POINT) for op in ("Add", "Sub")},
+    **{op: Difference(1, "TFLite's own kernel rounds by fixed-point multipliers") for op in ("LeakyRelu", "Sigmoid", "Tanh")},
+    "QuantizeLinear": Difference(1, "behind a float island: another library's last bits decide where the value lies next to a half"),
 }
 
 
@@ -50,15 +51,21 @@ def scale_and_zero(graph: QuantGraph, name: str) -> tuple[float, int]:
     return float(spec.scale or 1.0), int(spec.zero_point or 0)
 
 
+def all_powers_of_two(graph: QuantGraph, node: QuantNode) -> bool:
+    """The scales of everything that the node reads and writes."""
+    return all(is_power_of_two(scale_and_zero(graph, name)[0]) for name in (*node.inputs, *node.outputs))
+
+
 def weighted_is_exact(graph: QuantGraph, node: QuantNode) -> bool:
-    """Conv, Gemm, MatMul: powers of two, and no sum beyond 2^24 that is not saturated anyway."""
+    """Conv, ConvTranspose, Gemm, MatMul: powers of two, and no sum beyond 2^24 that is not saturated anyway."""
     assert node.weight is not None and node.weight_scale is not None
     (source, zero), (target, target_zero) = scale_and_zero(graph, node.inputs[0]), scale_and_zero(graph, node.output)
     if not all(is_power_of_two(float(scale)) for scale in (source, target, *node.weight_scale)):
         return False
-    multiplier = source * node.weight_scale.astype(np.float64) / target
+    weight = conv_like_weight(node.weight, int(node.attributes["group"])) if node.op == "ConvTranspose" else node.weight
     axis = 1 if node.op == "MatMul" else 0
-    sums = np.abs(node.weight.astype(np.int64)).sum(axis=tuple(a for a in range(node.weight.ndim) if a != axis)) * max(127 - zero, 128 + zero)
+    sums = np.abs(weight.astype(np.int64)).sum(axis=tuple(a for a in range(weight.ndim) if a != axis)) * max(127 - zero, 128 + zero)
+    multiplier = np.resize(source * node.weight_scale.astype(np.float64) / target, len(sums))
     if node.bias is not None:
         sums = sums + np.abs(node.bias.astype(np.int64))
     saturated = EXACT_FLOAT32 * multiplier >= INT8_MAX + 1 + abs(target_zero)

@@ -29,7 +29,7 @@ def lower_conv(lowering: Lowering, node: QuantNode) -> None:
         return
     scales = Quantisation.per_channel(node.weight_scale, len(weight), axis=0)
     kernel = lowering.writer.constant(f"{node.name}/weight", weight.transpose(0, 2, 3, 1), scales)
-    lowering.emit_clamped(node, target, lambda out, act: _emit_conv(lowering, [source.index, kernel, bias], out, seen, group, act))
+    lowering.emit_clamped(node, target, lambda out, act: emit_conv(lowering, [source.index, kernel, bias], out, seen, group, act))
 
 
 def padded(lowering: Lowering, source: Placed, node: QuantNode, seen: Windows) -> Placed:
@@ -44,11 +44,12 @@ def bias_constant(lowering: Lowering, node: QuantNode, channels: int, per_channe
     assert node.weight_scale is not None
     bias = node.bias if node.bias is not None else np.zeros(channels, np.int32)
     scales = np.float32(lowering.spec(node.inputs[0]).scale or 1.0) * node.weight_scale.astype(np.float32)
+    scales = np.resize(scales, channels) if per_channel and scales.size > 1 else scales  # a ConvTranspose's groups share theirs
     quantisation = Quantisation.per_channel(scales, channels, axis=0) if per_channel else Quantisation((float(scales[0]),))
     return lowering.writer.constant(f"{node.name}/bias", bias.astype(np.int32), quantisation)
 
 
-def _emit_conv(lowering: Lowering, inputs: list[int], out: Placed, seen: Windows, group: int, activation: int) -> None:
+def emit_conv(lowering: Lowering, inputs: list[int], out: Placed, seen: Windows, group: int, activation: int) -> None:
     writer = lowering.writer
     writer.operator(
         "CONV_2D", 3 if group == 1 else 6, inputs, [out.index], "Conv2DOptions",
@@ -106,5 +107,5 @@ def _as_convolution(lowering: Lowering, node: QuantNode, source: Placed, target:
     kernel = lowering.writer.constant(f"{node.name}/weight", weight[:, np.newaxis, np.newaxis, :], scales)
     bias = bias_constant(lowering, node, len(weight))
     point = Windows((1, 1), (1, 1), (1, 1), (0, 0), (0, 0), "VALID")
-    lowering.emit_clamped(node, result, lambda out, activation: _emit_conv(lowering, [image.index, kernel, bias], out, point, 1, activation))
+    lowering.emit_clamped(node, result, lambda out, activation: emit_conv(lowering, [image.index, kernel, bias], out, point, 1, activation))
     lowering.emit_reshape(result, target)

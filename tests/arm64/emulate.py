@@ -133,7 +133,8 @@ def _markdown(lines: list[str]) -> str:
     text = "\n".join(lines)
     return f"""# The device package on 64-bit ARM, emulated
 
-`make test-arm64` unpacks a minimal arm64 Debian {SUITE}, puts numpy, LiteRT (their aarch64 wheels: {", ".join(WHEELS)}) and the runtime wheel beside it, and runs the
+`make test-arm64` unpacks a minimal arm64 Debian {SUITE}, puts numpy, LiteRT (their aarch64 wheels: {", ".join(WHEELS)}) and the runtime wheel beside it,
+and runs the
 demo's bundle under {machine.split(" (")[0]}, as the cores of a Raspberry Pi 5 and 4. The integers that those instruction
 sets compute are compared with the host's; emulated time says nothing about a board and is not quoted anywhere.
 
