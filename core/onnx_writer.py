@@ -30,12 +30,20 @@ class OnnxWriter:
         return model
 
     def constant(self, name: str, array: np.ndarray) -> str:
-        """An initialiser, one for all that ask for the same name."""
+        """An initialiser, one for all that ask for the same name and the same numbers; other numbers get another name."""
         unique = f"constant/{name}"
-        if unique not in self.constants:
-            self.taken.add(unique)
-            self.constants[unique] = numpy_helper.from_array(np.asarray(array, order="C"), unique)
+        proto = numpy_helper.from_array(np.asarray(array, order="C"), unique)
+        if self.constants.get(unique, proto) != proto:
+            return self.initialiser(self.fresh(unique), array)
+        self.taken.add(unique)
+        self.constants[unique] = proto
         return unique
+
+    def initialiser(self, tensor: str, array: np.ndarray) -> str:
+        """A constant under the tensor's own name."""
+        self.taken.add(tensor)
+        self.constants[tensor] = numpy_helper.from_array(np.asarray(array, order="C"), tensor)
+        return tensor
 
     def real_constant(self, name: str, values: np.ndarray, scale: np.ndarray, zero: int, axis: int) -> str:
         """Integers behind a DequantizeLinear: one scale, or one along `axis`."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from isthmus.spec import TensorSpec
 _LEVELS = {"all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL, "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL}
 _DTYPES = {"tensor(int8)": "int8", "tensor(uint8)": "uint8", "tensor(float)": "float32"}
 _ERRORS_ONLY = 3
+_TIMED = "_kernel_time"  # what the profile appends to the name of a node that ran
 # They have no base of their own.
 _LOAD_ERRORS = (
     *(state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoModel, state.NoSuchFile, state.NotImplemented),
@@ -45,6 +48,7 @@ class OnnxRuntimeSession(Session):
 
     def __init__(self, file: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], threads: int = 1, optimisation: str = "all") -> None:
         super().__init__(inputs, outputs)
+        self._file, self._threads, self._optimisation = file, threads, optimisation
         self._session = _load(file, session_options(threads, optimisation))
         _same_border(file, "input", inputs, self._session.get_inputs())
         _same_border(file, "output", outputs, self._session.get_outputs())
@@ -64,13 +68,38 @@ class OnnxRuntimeSession(Session):
         self._session.run_with_iobinding(self._binding)
         return self._results
 
+    def per_layer(self, feeds: Arrays, runs: int = 20) -> list[tuple[str, float]]:
+        """By ONNX Runtime's own profiler, in a session of its own so that this one stays as fast as it is. The profiler counts whole microseconds."""
+        if runs < 1:
+            raise IsthmusError(f"time per layer over {runs} runs: expected at least 1")
+        self._check_raw(feeds)
+        with tempfile.TemporaryDirectory() as folder:
+            options = session_options(self._threads, self._optimisation)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = _load(self._file, options)
+            for _ in range(1 + runs):  # the first one allocates
+                session.run(None, dict(feeds))
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        return _means(events, runs)
+
+    def _check_raw(self, feeds: Arrays) -> None:
+        self._no_extra(feeds)
+        for spec in self.inputs:
+            array = feeds.get(spec.name)
+            if array is None or (str(array.dtype), tuple(array.shape)) != (spec.dtype, spec.shape):
+                found = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
+                raise IsthmusError(f"input {spec.name!r}: expected {spec.dtype}{list(spec.shape)}, found {found}")
+
     def _close(self) -> None:
         del self._binding, self._session
         self._bound.clear()
 
 
 def session_options(threads: int, optimisation: str) -> ort.SessionOptions:
-    """One run at a time on `threads` threads; `optimisation` is "all" or "off"."""
+    """One run at a time on `threads` threads; `optimisation` is "all" or "off". ONNX Runtime reads 0 threads as all there are."""
+    if threads < 1:
+        raise IsthmusError(f"{threads} threads: expected at least 1")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -78,6 +107,14 @@ def session_options(threads: int, optimisation: str) -> ort.SessionOptions:
     options.graph_optimization_level = _LEVELS[optimisation]
     options.log_severity_level = _ERRORS_ONLY
     return options
+
+
+def _means(events: list[dict[str, Any]], runs: int) -> list[tuple[str, float]]:
+    """Mean time in ns of each node over the last `runs` runs, in the order in which they ran."""
+    spans: dict[str, list[float]] = {}
+    for event in sorted((event for event in events if event["cat"] == "Node" and event["name"].endswith(_TIMED)), key=lambda event: event["ts"]):
+        spans.setdefault(event["name"].removesuffix(_TIMED), []).append(1000.0 * event["dur"])
+    return [(name, sum(times[-runs:]) / len(times[-runs:])) for name, times in spans.items()]
 
 
 def _load(file: Path, options: ort.SessionOptions) -> ort.InferenceSession:

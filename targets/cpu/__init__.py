@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,23 +12,28 @@ import numpy as np
 
 from isthmus.errors import IsthmusError
 from isthmus.graph import QuantGraph, QuantNode
+from isthmus.kernels import EXACT_FLOAT32, conv_like_weight, product_limit
 from isthmus.ops import OPS
 from isthmus.plan import BuildPlan
 from isthmus.profile import Profile
+from isthmus.tables import FUNCTIONS
 from isthmus.target import Option, Target, carried_steps
 from isthmus.targets.cpu.lower import LOWERINGS, onnx_from_graph
+from isthmus.targets.cpu.resize import largest_divisor
 
 ARTIFACT = "model.onnx"
 OPTIMISATIONS = ("all", "off")
-EXACT_FLOAT32 = 2**24  # every integer up to here is a float32
+TABLES = frozenset({*FUNCTIONS, "PRelu"})  # exact in every scheme: see `functions`
 
 # Float islands, each tried in ONNX Runtime 1.32 against onnx's reference (tests/tool/test_cpu.py).
 FLOAT_OPS = frozenset(
     {
-        *("Softmax", "LogSoftmax", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Elu", "Selu", "LeakyRelu", "Softplus", "Softsign", "Gelu", "Erf", "Exp"),
-        *("Log", "Sqrt", "Reciprocal", "Abs", "Neg", "Relu", "Clip", "Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Concat", "Flatten", "Reshape"),
-        *("Transpose", "ReduceMean", "ReduceSum", "ReduceMax", "LayerNormalization", "MatMul", "Gemm"),
-        *("Conv", "MaxPool", "AveragePool", "GlobalAveragePool"),
+        *("Softmax", "LogSoftmax", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Elu", "Selu", "LeakyRelu", "PRelu", "Softplus", "Softsign", "Mish", "Gelu"),
+        *("Erf", "Exp", "Log", "Sqrt", "Reciprocal", "Abs", "Neg", "Floor", "Ceil", "Sign", "Cos", "Sin", "Relu", "Clip", "Add", "Sub", "Mul", "Div", "Pow"),
+        *("Max", "Min", "Concat", "Split", "Slice", "Pad", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Expand", "Tile", "Gather", "Resize"),
+        *("DepthToSpace", "SpaceToDepth", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ArgMax", "Cast", "Identity"),
+        *("LayerNormalization", "InstanceNormalization", "BatchNormalization", "MatMul", "Gemm", "Conv", "ConvTranspose"),
+        *("MaxPool", "AveragePool", "GlobalAveragePool", "GridSample"),
     }
 )
 
@@ -56,20 +62,19 @@ class CpuTarget(Target):
 
 def tolerance(graph: QuantGraph, optimisation: str) -> tuple[int, str]:
     """(largest difference in steps that ONNX Runtime may show, its reason); (0, "") where it is exact for every input."""
-    if graph.recipe.scheme != "power_of_two":
-        rounding = [node for node in graph.nodes if node.kind == "int8" and not OPS[node.op].passes_scale]
+    rounding = [node for node in graph.nodes if node.kind == "int8" and node.inputs and not OPS[node.op].passes_scale]
+    if graph.recipe.scheme != "power_of_two" and any(node.op not in TABLES for node in rounding):
         return carried_steps(len(rounding)), (
             "the scales are no powers of two and ONNX Runtime multiplies in float32: about one value in 100,000 lies so near a tie that it rounds to the"
             " other side, and later layers may carry that on (3 steps measured on a 53-layer network)"
         )
     for node in graph.nodes:
         if node.op == "QuantizeLinear" and (island := graph.producer(node.inputs[0])) is not None:
-            behind = sum(other.kind == "int8" and not OPS[other.op].passes_scale for other in graph.nodes)
-            return carried_steps(behind), (
+            return carried_steps(len(rounding)), (
                 f"float island {island.name} lies between integers: engines differ in the last bits of float32, which may decide a rounding, and later"
                 " layers may carry that on"
             )
-        if node.weight is not None and _leaves_float32(node, graph, optimisation):
+        if node.kind == "int8" and _leaves_float32(node, graph, optimisation):
             return 1, f"sums of {node.name} can pass 2^24, where float32 no longer holds every integer and ONNX Runtime's rounding may miss a tie"
     return 0, ""
 
@@ -78,16 +83,33 @@ def _leaves_float32(node: QuantNode, graph: QuantGraph, optimisation: str) -> bo
     """Whether a sum that float32 cannot hold exactly could change the int8 result.
 
     The integer kernels go through float32 once, at the end: a sum past 2^24 matters only where the result is not saturated anyway.
-    Without optimisation every partial sum is float32.
+    Without optimisation every partial sum is float32, and averages and interpolations always are.
     """
-    assert node.weight is not None and node.weight_scale is not None
-    channel_axis = 1 if node.op == "MatMul" else 0
-    others = tuple(axis for axis in range(node.weight.ndim) if axis != channel_axis)
-    largest = np.abs(node.weight.astype(np.int64)).sum(axis=others) * 128 + (0 if node.bias is None else np.abs(node.bias.astype(np.int64)))
-    if optimisation == "off":
+    largest, multiplier = _largest_sums(node, graph)
+    if optimisation == "off" or multiplier is None:
         return bool((largest > EXACT_FLOAT32).any())
-    multiplier = float(graph.tensors[node.inputs[0]].scale or 0) * node.weight_scale.astype(np.float64) / float(graph.tensors[node.output].scale or 1)
     return bool(((largest > EXACT_FLOAT32) & (EXACT_FLOAT32 * multiplier < 128.5)).any())
+
+
+def _largest_sums(node: QuantNode, graph: QuantGraph) -> tuple[np.ndarray, np.ndarray | None]:
+    """The largest sums any input can give, and output steps a unit of them; None where they are summed in float32."""
+    source, target = (graph.tensors[name] for name in (node.inputs[0] if node.inputs else node.output, node.output))
+    ratio = float(source.scale or 0) / float(target.scale or 1)
+    if node.weight is not None and node.weight_scale is not None:
+        rows = conv_like_weight(node.weight, node.attributes["group"]) if node.op == "ConvTranspose" else node.weight
+        rows = rows.T if node.op == "MatMul" else rows
+        bias = 0 if node.bias is None else np.abs(node.bias.astype(np.int64))
+        return np.abs(rows.astype(np.int64)).reshape(len(rows), -1).sum(axis=1) * 128 + bias, ratio * node.weight_scale.astype(np.float64)
+    if node.op == "BatchMatMul":
+        other = float(graph.tensors[node.inputs[1]].scale or 0)
+        return np.array(product_limit(source.shape[-1], (0, 0))), np.array(ratio * other)
+    if node.op == "GlobalAveragePool":
+        return np.array(math.prod(source.shape[2:]) * 128), None
+    if node.op == "AveragePool":
+        return np.array(math.prod(node.attributes["kernel_shape"]) * 128), None
+    if node.op == "ReduceMean":
+        return np.array(math.prod(source.shape[axis] for axis in node.attributes["axes"]) * 128), None
+    return (np.array(largest_divisor(node, source.shape) * 128), None) if node.op == "ResizeLinear" else (np.zeros(1), None)
 
 
 TARGET = CpuTarget(

@@ -256,10 +256,28 @@ def island(op: str) -> QuantGraph:
         "Gelu": {"approximate": "tanh"},
         "Conv": {"kernel_shape": [3], "pads": [1, 1]},
         **{key: {"kernel_shape": [3], "strides": [2]} for key in ("MaxPool", "AveragePool")},
+        "ConvTranspose": {"kernel_shape": [3, 3], "strides": [2, 2]},
+        **{key: {"blocksize": 2} for key in ("DepthToSpace", "SpaceToDepth")},
+        "Gather": {"axis": 1},
+        "Resize": {"mode": "linear"},
     }
     w = FormWriter()
-    value = w.dequantise(w.input("x", (1, 48) if op in ("Gemm", "Flatten") else (1, 6, 8), scale=2.0**-5))
+    images = ("ConvTranspose", "DepthToSpace", "SpaceToDepth", "GridSample", "Resize")
+    shape = (1, 48) if op in ("Gemm", "Flatten") else (1, 1, 6, 8) if op == "Expand" else (1, 4, 6, 8) if op in images else (1, 6, 8)
+    tensor = w.input("x", shape, scale=2.0**-5)
+    value = w.dequantise(tensor)
     inputs = [value]
+    if op in ("ArgMax", "Cast"):  # an index is a whole number: the border takes it through a Cast
+        w.argmax_output(tensor, "y")
+        return w.graph()
+    if op == "Split":
+        w.float_node(op, [value, w.constant("sizes", np.array([2, 4]))], ["y", "z"], "island", axis=1)
+        w.float_output("y")
+        w.float_output("z")
+        return w.graph()
+    if op == "GridSample":
+        w.float_node("Tanh", [w.dequantise(w.input("grid", (1, 5, 3, 2), scale=2.0**-6))], ["places"], "places")
+        inputs.append("places")
     if op in ("Log", "Sqrt", "Reciprocal", "Pow"):
         w.float_node("Exp", [value], ["positive"], "positive")
         inputs = ["positive"]
@@ -270,7 +288,19 @@ def island(op: str) -> QuantGraph:
         "Pow": [np.float32(0.5)],
         "Clip": [np.float32(-1), np.float32(2)],
         "Reshape": [np.array([1, 48])],
-        **{key: [np.array([-1])] for key in ("ReduceMean", "ReduceSum", "ReduceMax")},
+        **{key: [np.array([-1])] for key in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin")},
+        "PRelu": [np.linspace(0.1, 0.9, 6, dtype=np.float32).reshape(6, 1)],
+        "Slice": [np.array([1]), np.array([5]), np.array([2]), np.array([2])],
+        "Pad": [np.array([0, 1, 0, 0, 0, 2]), np.float32(0.5)],
+        "Squeeze": [np.array([0])],
+        "Unsqueeze": [np.array([1])],
+        "Expand": [np.array([1, 3, 6, 8])],
+        "Tile": [np.array([1, 2, 1])],
+        "Gather": [np.array([3, 0])],
+        "Resize": [np.array([], np.float32), np.array([], np.float32), np.array([1, 4, 12, 16])],
+        "InstanceNormalization": [np.linspace(0.5, 1.5, 6, dtype=np.float32), np.ones(6, np.float32)],
+        "BatchNormalization": [np.linspace(0.5, 1.5, 6, dtype=np.float32)] * 4,
+        "ConvTranspose": [np.linspace(-1, 1, 72, dtype=np.float32).reshape(4, 2, 3, 3)],
         "LayerNormalization": [np.linspace(-1, 1, 8, dtype=np.float32), np.ones(8, np.float32)],
         "MatMul": [np.linspace(-1, 1, 40, dtype=np.float32).reshape(8, 5)],
         "Conv": [np.linspace(-1, 1, 90, dtype=np.float32).reshape(5, 6, 3), np.ones(5, np.float32)],
@@ -302,7 +332,7 @@ def test_an_island_between_integers_is_declared(tmp_path: Path) -> None:
 
 def test_an_operator_outside_the_table_is_named() -> None:
     w = FormWriter()
-    w.float_node("Sin", [w.dequantise(w.input("x", (1, 8), scale=2.0**-4))], ["y"], "wave")
+    w.float_node("Sinh", [w.dequantise(w.input("x", (1, 8), scale=2.0**-4))], ["y"], "wave")
     w.float_output("y")
     (problem,) = TARGET.check(w.graph(), PROFILE)
     assert (problem.node, problem.rule) == ("wave", "operator")
