@@ -18,17 +18,17 @@ import onnx_ir as ir
 
 from isthmus.errors import IsthmusError, Problem
 from isthmus.form_values import bounds_of, constant_of, given, is_power_of_two, label_of, name_of, short
+from isthmus.form_weights import ACCUMULATOR_LIMIT, Held, Layer, Weights, read_weights
 from isthmus.graph import IR_VERSION, OPSET, QuantGraph, QuantNode
 from isthmus.islands import Island
-from isthmus.kernels import conv_like_weight, product_limit
+from isthmus.kernels import product_limit
 from isthmus.op_attributes import Call, IllegalCallError, resolve
-from isthmus.ops import OPS, Op, row_name
+from isthmus.ops import OPS, TAKE_CONSTANTS, Op, row_name
 from isthmus.recipe import Recipe
 from isthmus.spec import FORM_LAYOUTS, TensorSpec
 
 RECIPE_KEY = "isthmus.recipe"
 ISLANDS_KEY = "isthmus.float_islands"
-ACCUMULATOR_LIMIT = 2**31 - 1
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 # Float operators whose work is too long for a trial at every reading; onnx's checker has seen their shapes.
 WINDOWED = frozenset({"Conv", "ConvTranspose", "AveragePool", "MaxPool", "LpPool", "DeformConv", "RoiAlign"})
@@ -48,7 +48,7 @@ RULES: dict[str, str] = {
     "weight": "weights are int8 constants behind a DequantizeLinear with zero point 0 and one scale a tensor or an output channel",
     "bias": "a bias is an int32 constant behind a DequantizeLinear with scale input x weight",
     "accumulator-overflow": "no sum of products can leave int32",
-    "operand": "an int8 operator's activations are int8 tensors, its other inputs constants",
+    "operand": "an int8 operator's activations are int8 tensors, its other inputs constants of a shape and a place that it takes",
     "attributes": "attributes and constant inputs are those the form lists for the operator, and nothing works along the batch",
     "passes-scale": "an operator that does no arithmetic keeps scale and zero point",
     "float-island": "an operator that stays float is in the list, onnx's reference can compute it, and the list holds nothing else",
@@ -112,13 +112,6 @@ def _metadata(model: ir.Model) -> tuple[Recipe, tuple[str, ...]]:
     return recipe, tuple(islands)
 
 
-class _Constant:
-    """A constant behind a DequantizeLinear: a weight or a bias."""
-
-    def __init__(self, values: np.ndarray, scale: np.ndarray, axis: int, zero: bool) -> None:
-        self.values, self.scale, self.axis, self.zero = values, scale, axis, zero
-
-
 @dataclass(frozen=True)
 class _Group:
     """DequantizeLinear -> operator -> (Relu | Clip)? -> QuantizeLinear: the operator's row, and the nodes that belong to it beside the operator."""
@@ -143,7 +136,7 @@ class _Reader:
         self.problems: list[Problem] = []
         self.nodes: list[QuantNode] = []
         self.tensors: dict[str, TensorSpec] = {}
-        self.constants: dict[str, _Constant] = {}
+        self.constants: dict[str, Held] = {}  # by the float value behind their DequantizeLinear
         self.dequantised: dict[str, str] = {}  # float value -> the int8 tensor it stands for
         self.absorbed: set[int] = set()  # ids of nodes that belong to a group already read
         self.bordered: set[str] = set()  # int8 tensors that already have their border DequantizeLinear
@@ -155,13 +148,17 @@ class _Reader:
         for value in self.model.graph.inputs:
             self._border(value)
             self._float_tensor(value)
+        constants = [node for node in self.model.graph if node.op_type == "DequantizeLinear" and constant_of(node.inputs[0]) is not None]
+        self.absorbed.update(id(node) for node in constants)
+        for node in constants:  # first: they stand anywhere in front of their readers, and decide what belongs to a group
+            self._constant_dequantiser(node)
         for node in self.model.graph:
             if id(node) not in self.absorbed:
                 self._node(node)
         for value in self.model.graph.outputs:
             self._border(value)
-            if value.producer() is None:
-                self._say(name_of(value), "float-island", "an output that no node writes", "remove it")
+            if value.producer() is None or name_of(value) in self.constants:
+                self._say(name_of(value), "float-island", "an output that no node computes", "remove it")
         absent = [name for name in self.islands if name not in self.seen_islands]
         for name in absent:
             self._say(name, "float-island", "listed as a float island, but no such float node", "remove it from the list")
@@ -254,9 +251,6 @@ class _Reader:
         if source is None:
             self._say(label_of(node), "dequantiser", "no input", "connect it")
             return
-        if constant_of(source) is not None:
-            self._constant_dequantiser(node, source, out)
-            return
         found = self._activation_quantiser(node)
         if found is None:
             return
@@ -280,14 +274,16 @@ class _Reader:
     def _is_float_consumer(self, node: ir.Node) -> bool:
         return node.op_type != "QuantizeLinear" and (self._group(node) is None or label_of(node) in self.islands)
 
-    def _constant_dequantiser(self, node: ir.Node, source: ir.Value, out: ir.Value) -> None:
+    def _constant_dequantiser(self, node: ir.Node) -> None:
+        source, out = node.inputs[0], node.outputs[0]
         values = constant_of(source)
         scale, zero = self._scale_and_zero(node)
         if values is None or scale is None or scale.dtype != np.float32 or scale.ndim > 1 or not np.isfinite(scale).all() or not (scale > 0).all():
             self._say(label_of(node), "weight", f"a constant with scale {short(scale)}", "give finite positive float32 scales, one or one an output channel")
             return
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
-        self.constants[name_of(out)] = _Constant(values, scale, axis + values.ndim if axis < 0 else axis, zero is None or not zero.any())
+        zero = np.zeros((), values.dtype) if zero is None else zero
+        self.constants[name_of(out)] = Held(name_of(source), values, scale, zero, axis + values.ndim if axis < 0 else axis, node)
 
     def _quantise_alone(self, node: ir.Node) -> None:
         """A QuantizeLinear outside any group: at the border, behind a float island, or a change of scale."""
@@ -305,10 +301,25 @@ class _Reader:
 
     # ---- operators
     def _row(self, node: ir.Node) -> Op | None:
-        return OPS.get(row_name(node.op_type, given(node), len(self._activations(node))))
+        return OPS.get(row_name(node.op_type, given(node), len(self._operands(node))))
 
     def _activations(self, node: ir.Node) -> list[ir.Value]:
         return [value for value in node.inputs if value is not None and constant_of(value) is None and name_of(value) not in self.constants]
+
+    def _operands(self, node: ir.Node) -> list[ir.Value]:
+        """What an int8 operator reads as int8 tensors: activations, and int8 constants where its row takes them (a MatMul's of two axes is a weight)."""
+        if node.op_type not in TAKE_CONSTANTS:
+            return self._activations(node)
+        values = [value for position, value in enumerate(node.inputs) if not (node.op_type == "MatMul" and position == 1 and self._is_weight(value))]
+        return [value for value in values if value is not None and constant_of(value) is None and self._is_int8(value)]
+
+    def _is_weight(self, value: ir.Value | None) -> bool:
+        held = self.constants.get(name_of(value))
+        return held is not None and held.values.ndim == 2
+
+    def _is_int8(self, value: ir.Value) -> bool:
+        held = self.constants.get(name_of(value))
+        return held is None or held.values.dtype == np.int8
 
     def _group(self, node: ir.Node) -> _Group | None:
         """`node` and what belongs to it, where it has the shape of an int8 group."""
@@ -318,11 +329,20 @@ class _Reader:
         if row is None or not node.outputs or (len(node.outputs) > 1 and row.name != "Split"):
             return None
         followers = [self._only_use(value) for value in node.outputs]
-        activation = None
+        activation, others = None, tuple[ir.Node, ...]()
+        if row.name == "MatMul" and self._adds_bias(node, followers[0]) and followers[0] is not None:
+            others, followers = (followers[0],), [self._only_use(followers[0].outputs[0])]
         if row.fuses and followers[0] is not None and followers[0].op_type in ("Relu", "Clip"):
             activation, followers = followers[0], [self._only_use(followers[0].outputs[0])]
         quantisers = tuple(follower for follower in followers if follower is not None and follower.op_type == "QuantizeLinear")
-        return _Group(row, label_of(node), quantisers, activation) if len(quantisers) == len(followers) else None
+        return _Group(row, label_of(node), quantisers, activation, others) if len(quantisers) == len(followers) else None
+
+    def _adds_bias(self, node: ir.Node, add: ir.Node | None) -> bool:
+        """Whether `add` is the bias of a MatMul: int32 constants behind the product, as ONNX's MatMul has no third input."""
+        if add is None or add.op_type != "Add" or label_of(add) in self.islands:
+            return False
+        held = [self.constants[name_of(value)] for value in add.inputs if name_of(value) in self.constants]
+        return len(held) == 1 and held[0].values.dtype == np.int32
 
     def _silu(self, node: ir.Node) -> _Group | None:
         """x * Sigmoid(x), which opset 20 has no operator for: named after its Mul."""
@@ -344,6 +364,7 @@ class _Reader:
         if group is None or label_of(node) in self.islands:
             self._island(node, activations)
             return
+        operands = self._operands(node)
         self.absorbed.update(id(other) for other in group.nodes)
         label = group.label
         found = [self._activation_quantiser(quantiser) for quantiser in group.quantisers]
@@ -356,7 +377,29 @@ class _Reader:
         if floats or not activations:
             self._say(label, "operand", f"{node.op_type} reads {floats or 'no activation'}", "put QuantizeLinear and DequantizeLinear in front of it")
             return
-        self._int8_node(node, group, tuple(self.dequantised[name_of(value)] for value in activations))
+        inputs = tuple(self._constant_operand(group.label, value) or self.dequantised.get(name_of(value), "") for value in operands)
+        if all(inputs):
+            self._int8_node(node, group, inputs)
+
+    def _constant_operand(self, label: str, value: ir.Value) -> str:
+        """The int8 tensor of a constant operand, a node of its own where it is first read; "" for an activation, or after saying what is wrong."""
+        held = self.constants.get(name_of(value))
+        if held is None:
+            return ""
+        found = self._activation_quantiser(held.reader)
+        if found is None:
+            return ""
+        if held.name not in self.tensors:
+            shape = tuple(held.values.shape)
+            if not shape or 0 in shape:
+                self._say(label, "operand", f"reads the constant {held.name} of shape {list(shape)}", "give it as many axes as the result has")
+                return ""
+            self.tensors[held.name] = TensorSpec(held.name, shape, "int8", FORM_LAYOUTS.get(len(shape), ""), *found)
+            self.nodes.append(QuantNode(label_of(held.reader), "Constant", "int8", (), (held.name,), constants={0: held.values}))
+        elif (self.tensors[held.name].scale, self.tensors[held.name].zero_point) != found:
+            self._say(label, "dequantiser", f"the constant {held.name} is read with two scales or zero points", "store it once for each")
+            return ""
+        return held.name
 
     def _int8_node(self, node: ir.Node, group: _Group, inputs: tuple[str, ...]) -> None:
         op, label, activation = group.row, group.label, group.activation
@@ -372,7 +415,7 @@ class _Reader:
             return
         weight = scale = bias = None
         if op.weight_axis is not None:
-            read = self._weights(node, label, op.weight_axis, inputs, attributes)
+            read = self._weights(node, group, inputs, attributes)
             if read is None:
                 return
             weight, scale, bias = read
@@ -388,19 +431,38 @@ class _Reader:
     def _operands_fit(self, node: ir.Node, group: _Group) -> bool:
         """Activations first, constants only where the row has them."""
         op = group.row
-        positions = [index for index, value in enumerate(node.inputs) if value is not None and any(value is other for other in self._activations(node))]
+        operands = self._operands(node)
+        positions = [index for index, value in enumerate(node.inputs) if value is not None and any(value is other for other in operands)]
         rest = {index for index, value in enumerate(node.inputs) if value is not None} - set(positions)
         if op.weight_axis is not None:
             return True  # a second activation, or a constant in the wrong place, is what rule "weight" names
         held = sorted(index for index in rest - op.constants) + sorted(index for index in rest & op.constants if constant_of(node.inputs[index]) is None)
         if held or positions != list(range(len(positions))):
-            self._say(group.label, "operand", f"{node.op_type} has a constant operand", "fold it into the layer before, or list the node as a float island")
+            fix = (
+                "store it as int8 behind a DequantizeLinear"
+                if op.name in TAKE_CONSTANTS
+                else "fold it into the layer before, or list the node as a float island"
+            )
+            self._say(group.label, "operand", f"{node.op_type} has a constant operand", fix)
             return False
         if op.activations is not None and len(positions) != op.activations:
             self._say(
                 group.label, "operand", f"{node.op_type} reads {len(positions)} activations, expected {op.activations}", "make its other inputs constants"
             )
             return False
+        return self._constants_broadcast(node, group, operands)
+
+    def _constants_broadcast(self, node: ir.Node, group: _Group, operands: list[ir.Value]) -> bool:
+        """A constant operand has the axes of the result, and changes neither them nor the batch of the others."""
+        shapes, result = [self._shape(value) for value in operands], self._shape(node.outputs[0])
+        constants = [name_of(value) in self.constants for value in operands]
+        if () in (*shapes, result) or not any(constants):
+            return True  # an open shape is said where it is resolved
+        for shape, constant in zip(shapes, constants, strict=True):
+            if len(shape) != len(result) or (shape[0] != result[0] and not (constant and shape[0] == 1)):
+                found = f"{node.op_type} of {' and '.join(str(list(shape)) for shape in shapes)}, {sum(constants)} of them constant, to {list(result)}"
+                self._say(group.label, "operand", found, "give all as many axes as the result, and its batch (a constant: 1)")
+                return False
         return True
 
     def _scales_equal(self, op: Op, label: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> bool:
@@ -453,8 +515,7 @@ class _Reader:
             if plain is not None:
                 constants[position] = plain
             elif name_of(value) in self.constants:
-                held = self.constants[name_of(value)]
-                constants[position] = _dequantised(held)
+                constants[position] = self.constants[name_of(value)].real
             elif name_of(value) not in self.tensors:
                 self._say(label, "operand", f"reads {name_of(value)}, which is not known", "connect it")
                 return
@@ -471,70 +532,23 @@ class _Reader:
         )
 
     # ---- weights and attributes
-    def _weights(
-        self, node: ir.Node, label: str, axis: int, inputs: tuple[str, ...], attributes: dict[str, Any]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
-        held = self.constants.get(name_of(node.inputs[1])) if len(node.inputs) > 1 and node.inputs[1] is not None else None
-        if len(inputs) != 1 or held is None or held.values.dtype != np.int8 or not held.zero:
-            found = "two activations" if len(inputs) != 1 else "no int8 constant behind a DequantizeLinear with zero point 0"
-            self._say(label, "weight", f"{node.op_type} has {found}", "store the weight as int8 behind a DequantizeLinear")
+    def _weights(self, node: ir.Node, group: _Group, inputs: tuple[str, ...], attributes: dict[str, Any]) -> Weights | None:
+        if len(inputs) != 1:
+            self._say(group.label, "weight", f"{node.op_type} has two activations", "store the weight as int8 behind a DequantizeLinear")
             return None
-        weight, source = held.values, self.tensors[inputs[0]]
-        channels = weight.shape[axis] if weight.ndim > axis else 0
-        if held.scale.size not in (1, channels) or (held.scale.size > 1 and held.axis != axis) or (node.op_type == "MatMul" and weight.ndim != 2):
-            self._say(
-                label,
-                "weight",
-                f"{held.scale.size} scales along axis {held.axis} for a weight of shape {list(weight.shape)}",
-                f"give one, or one an output channel (axis {axis})",
-            )
+        beside = (value for add in group.others for value in add.inputs if name_of(value) in self.constants)
+        bias = next(beside, node.inputs[2] if len(node.inputs) > 2 else None)
+        layer = Layer(node, name_of(bias), group.label, group.row.weight_axis or 0, self.tensors[inputs[0]], attributes, self.recipe.scheme)
+        read = read_weights(layer, self.constants)
+        if isinstance(read, Problem):
+            self.problems.append(read)
             return None
-        if self.recipe.scheme == "power_of_two" and not all(is_power_of_two(float(step)) for step in held.scale.reshape(-1)):
-            self._say(label, "scheme", "a weight scale that is not a power of two", "round it to 2^-n, or use another scheme")
-            return None
-        if not self._kernel_fits(node, label, weight, source.shape, attributes):
-            return None
-        group = attributes["group"] if node.op_type == "ConvTranspose" else 1
-        scale = held.scale.reshape(-1)
-        scale = np.tile(scale, group) if scale.size > 1 else scale  # ConvTranspose's groups share the scales along axis 1
-        bias: np.ndarray | None = None
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            bias = self._bias(node, label, channels * group, float(source.scale or 0), scale)
-            if bias is None:
-                return None
-        rows = conv_like_weight(weight, group) if node.op_type == "ConvTranspose" else np.moveaxis(weight, axis, 0)
-        worst = _worst_accumulator(rows, bias, int(source.zero_point or 0))
-        if worst > ACCUMULATOR_LIMIT:
-            self._say(label, "accumulator-overflow", f"a sum can reach {worst}, int32 ends at {ACCUMULATOR_LIMIT}", "split the layer or use smaller weights")
-            return None
-        return weight, scale, bias
-
-    def _kernel_fits(self, node: ir.Node, label: str, weight: np.ndarray, shape: tuple[int, ...], attributes: dict[str, Any]) -> bool:
-        if node.op_type not in ("Conv", "ConvTranspose"):
-            return True
-        transposed, group, depth = node.op_type == "ConvTranspose", attributes["group"], shape[1]
-        fits = weight.shape[0] == depth and depth % group == 0 if transposed else weight.shape[1] * group == depth and weight.shape[0] % group == 0
-        if list(weight.shape[2:]) == attributes["kernel_shape"] and fits:
-            return True
-        found = f"a weight of shape {list(weight.shape)} for {depth} channels in {group} groups"
-        self._say(label, "weight", found, "give [in, out/group, *kernel]" if transposed else "give [out, in/group, *kernel]")
-        return False
-
-    def _bias(self, node: ir.Node, label: str, channels: int, input_scale: float, weight_scale: np.ndarray) -> np.ndarray | None:
-        held = self.constants.get(name_of(node.inputs[2]))
-        if held is None or held.values.dtype != np.int32 or held.values.size != channels or not held.zero:
-            self._say(label, "bias", f"the bias is not {channels} int32 constants behind a DequantizeLinear", "store it as int32 with scale input x weight")
-            return None
-        expected = np.float32(input_scale) * weight_scale.astype(np.float32)
-        if held.scale.size not in (1, channels) or not np.allclose(held.scale, expected, rtol=1e-6, atol=0):
-            self._say(label, "bias", f"the bias has scale {short(held.scale)}, expected {short(expected)}", "use scale input x weight")
-            return None
-        return held.values.reshape(-1)
+        return read
 
     def _attributes(self, node: ir.Node, group: _Group) -> dict[str, Any] | None:
-        activations = self._activations(node)
+        operands = self._operands(node)
         constants = {index: array for index in group.row.constants if index < len(node.inputs) and (array := constant_of(node.inputs[index])) is not None}
-        shapes = tuple(self._shape(value) for value in activations)
+        shapes = tuple(self._shape(value) for value in operands)
         outputs = tuple(self._shape(value) for value in node.outputs)
         if () in (*shapes, *outputs):
             return None  # the shape's own problem is said
@@ -550,23 +564,7 @@ def _border_spec(tensors: Mapping[str, TensorSpec], raw: str, border: TensorSpec
     return TensorSpec(border.name, border.shape, spec.dtype, border.layout, spec.scale, spec.zero_point)
 
 
-def _dequantised(held: _Constant) -> np.ndarray:
-    shape = [1] * held.values.ndim
-    if held.scale.size > 1:
-        shape[held.axis] = held.scale.size
-    real: np.ndarray = held.values.astype(np.float32) * held.scale.reshape(shape)
-    return real
-
-
 def _clamp(bounds: tuple[float, float], spec: TensorSpec) -> tuple[int, int]:
     """Bounds in steps of the output: rounding is monotone, so clipping before or after it is the same."""
     low, high = (int(spec.quantise(np.array([bound], np.float32))[0]) for bound in bounds)
     return low, high
-
-
-def _worst_accumulator(rows: np.ndarray, bias: np.ndarray | None, zero_point: int) -> int:
-    """The largest magnitude a sum of products and bias can reach for any int8 input; `rows` [out, ...]."""
-    sums = np.abs(rows.astype(np.int64)).sum(axis=tuple(range(1, rows.ndim))) * max(127 - zero_point, 128 + zero_point)
-    if bias is not None:
-        sums = sums + np.abs(bias.astype(np.int64))
-    return int(sums.max(initial=0))

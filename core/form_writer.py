@@ -76,6 +76,12 @@ class FormWriter:
         self._initialisers[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)  # ascontiguousarray would turn a scalar into a vector
         return name
 
+    def constant_int8(self, name: str, values: np.ndarray, *, scale: float, zero_point: int = 0) -> str:
+        """An int8 tensor that is a constant: an operand of Add, Sub, Mul, Concat or BatchMatMul. As many axes as the operator's result has."""
+        tensor = self._fresh(name)
+        self._quantisers[tensor] = self._step_constants(scale, zero_point)
+        return self.constant(tensor, np.asarray(values, np.int8))
+
     # ---- int8 operators
     def conv(
         self, x: str, weight: np.ndarray, weight_scale: np.ndarray | float, bias: np.ndarray | None = None, *, scale: float, zero_point: int = 0,
@@ -105,14 +111,15 @@ class FormWriter:
         x: str,
         weight: np.ndarray,
         weight_scale: np.ndarray | float,
+        bias: np.ndarray | None = None,
         *,
         scale: float,
         zero_point: int = 0,
         activation: Activation = "",
         name: str | None = None,
     ) -> str:
-        """weight int8 [in, out], no bias."""
-        return self._weighted("MatMul", x, weight, 1, weight_scale, None, scale, zero_point, activation, name, {})
+        """weight int8 [in, out]; bias int32 [out], added by a node of its own: ONNX's MatMul has none."""
+        return self._weighted("MatMul", x, weight, 1, weight_scale, bias, scale, zero_point, activation, name, {})
 
     def conv_transpose(
         self, x: str, weight: np.ndarray, weight_scale: np.ndarray | float, bias: np.ndarray | None = None, *, scale: float, zero_point: int = 0,
@@ -255,8 +262,7 @@ class FormWriter:
     # ---- quantisers
     def quantise(self, value: str, *, scale: float, zero_point: int = 0, name: str | None = None) -> str:
         """QuantizeLinear of a float value."""
-        pair = (self.constant(self._fresh("scale"), np.array(scale, np.float32)), self.constant(self._fresh("zero"), np.array(zero_point, np.int8)))
-        tensor = self._fresh(name or f"{value}_q")
+        pair, tensor = self._step_constants(scale, zero_point), self._fresh(name or f"{value}_q")
         self._node("QuantizeLinear", [value, *pair], [tensor], f"{tensor}_quantise")
         self._quantisers[tensor] = pair
         return tensor
@@ -309,8 +315,11 @@ class FormWriter:
 
     def _group(self, op: str, inputs: Sequence[str], scale: float, zero_point: int, activation: Activation, name: str, attributes: dict[str, Any]) -> str:
         """One int8 group; `name` is already reserved."""
-        value = f"{name}_out"
-        self._node(op, list(inputs), [value], name, **attributes)
+        value, bias = f"{name}_out", list(inputs[2:]) if op == "MatMul" else []
+        self._node(op, list(inputs[:2]) if bias else list(inputs), [value], name, **attributes)
+        if bias:
+            self._node("Add", [value, *bias], [f"{name}_biased"], f"{name}_add")
+            value = f"{name}_biased"
         if activation:
             kind, *bounds = (activation,) if isinstance(activation, str) else activation
             extra = self._clip_bounds(float(bounds[0]), float(bounds[1])) if bounds else []
@@ -324,6 +333,9 @@ class FormWriter:
 
     def _two(self, op: str, a: str, b: str, scale: float, zero_point: int, activation: Activation, name: str | None) -> str:
         return self._group(op, [self.dequantise(a), self.dequantise(b)], scale, zero_point, activation, self._fresh(name or op.lower()), {})
+
+    def _step_constants(self, scale: float, zero_point: int) -> tuple[str, str]:
+        return self.constant(self._fresh("scale"), np.array(scale, np.float32)), self.constant(self._fresh("zero"), np.array(zero_point, np.int8))
 
     def _step(self, tensor: str) -> tuple[float, int]:
         """Scale and zero point of an int8 tensor."""

@@ -44,7 +44,8 @@ class QuantNode:
     (a fused Relu or Clip; (-128, 127) where nothing is fused), and `activation` its name: "", "Relu" or "Clip" with
     `activation_range` in real numbers. `attributes` holds the ONNX attributes as Python values, defaults and `auto_pad` resolved
     (Conv: strides, pads, dilations, group, kernel_shape; pools: strides, pads, kernel_shape, ceil_mode, count_include_pad, dilations).
-    `constants` holds other constant inputs of the operator (a float island's parameters, PRelu's slope), by input position; `absent` the
+    `constants` holds other constant inputs of the operator (a float island's parameters, PRelu's slope), by input position, and of a
+    "Constant" (an int8 operand that is stored: no inputs, one output with scale and zero point) its array at 0; `absent` the
     positions that an island leaves out in between. `op` is a row of `isthmus.ops`: not always an ONNX name (see `ops.row_name`).
     """
 

@@ -33,6 +33,7 @@ class Op:
     - `integer`: int8 inputs -> int8 output (a list where there are several). Any batch size: only the leading axis may differ from the specs.
     - `activations`: how many int8 tensors it reads, at its first inputs; None for any number.
     - `constants`: the positions of its constant inputs, beside a weight and its bias; their values end in `QuantNode.attributes`.
+    - `takes_constants`: an int8 tensor it reads may be a "Constant", an initialiser behind a DequantizeLinear, where another is not.
     """
 
     name: str
@@ -43,13 +44,15 @@ class Op:
     fuses: bool = False
     activations: int | None = 1
     constants: frozenset[int] = frozenset()
+    takes_constants: bool = False
 
 
 def row_name(op_type: str, given: Mapping[str, Any], activations: int) -> str:
     """The row of `OPS` that an ONNX operator is read as, whether there is one or not.
 
     Two operators have two rows, as engines treat them as two: MatMul of two activations is "BatchMatMul", Resize is "ResizeNearest" or
-    "ResizeLinear". Two rows are no ONNX operators: "Requantize" (a quantiser right behind a dequantiser), "Silu" (x * Sigmoid(x)).
+    "ResizeLinear". Three rows are no ONNX operators: "Requantize" (a quantiser right behind a dequantiser), "Silu" (x * Sigmoid(x)), and
+    "Constant" (an int8 operand that is an initialiser, read through a DequantizeLinear).
     """
     if op_type == "MatMul" and activations == 2:
         return "BatchMatMul"
@@ -257,6 +260,10 @@ def _reshape(node: QuantNode, inputs: Sequence[np.ndarray], tensors: Tensors) ->
     return inputs[0].reshape(len(inputs[0]), *tensors[node.output].shape[1:])
 
 
+def _constant(node: QuantNode, inputs: Sequence[np.ndarray], tensors: Tensors) -> np.ndarray:
+    return node.constants[0]
+
+
 def _concat(node: QuantNode, inputs: Sequence[np.ndarray], tensors: Tensors) -> np.ndarray:
     return np.concatenate(inputs, axis=node.attributes["axis"])
 
@@ -281,16 +288,17 @@ OPS: dict[str, Op] = {
         Op("ConvTranspose", _conv_transpose, _transposed_macs, weight_axis=1, fuses=True),
         Op("Gemm", _gemm, _weighted_macs, weight_axis=0, fuses=True),
         Op("MatMul", _gemm, _weighted_macs, weight_axis=1, fuses=True),
-        Op("BatchMatMul", _batch_matmul, _product_macs, fuses=True, activations=2),
+        Op("BatchMatMul", _batch_matmul, _product_macs, fuses=True, activations=2, takes_constants=True),
         # Element by element, and means.
-        Op("Add", _by_batch(_add), _no_macs, fuses=True, activations=2),
-        Op("Sub", _by_batch(_add), _no_macs, fuses=True, activations=2),
-        Op("Mul", _by_batch(_mul), _no_macs, fuses=True, activations=2),
+        Op("Add", _by_batch(_add), _no_macs, fuses=True, activations=2, takes_constants=True),
+        Op("Sub", _by_batch(_add), _no_macs, fuses=True, activations=2, takes_constants=True),
+        Op("Mul", _by_batch(_mul), _no_macs, fuses=True, activations=2, takes_constants=True),
         Op("AveragePool", _average_pool, _no_macs),
         Op("GlobalAveragePool", _average_pool, _no_macs),
         Op("ReduceMean", _reduce_mean, _no_macs, constants=_SETTINGS),
         Op("ResizeLinear", _resize_linear, _no_macs, constants=_SETTINGS),
         Op("Requantize", _requantise, _no_macs),
+        Op("Constant", _constant, _no_macs, activations=0),
         # Functions of one number.
         *(Op(name, _function, _no_macs) for name in tables.FUNCTIONS),
         Op("PRelu", _function, _no_macs, constants=frozenset({1})),
@@ -302,7 +310,7 @@ OPS: dict[str, Op] = {
         Op("Reshape", _reshape, _no_macs, passes_scale=True, constants=_SETTINGS),
         Op("Squeeze", _reshape, _no_macs, passes_scale=True, constants=_SETTINGS),
         Op("Unsqueeze", _reshape, _no_macs, passes_scale=True, constants=_SETTINGS),
-        Op("Concat", _concat, _no_macs, passes_scale=True, activations=None),
+        Op("Concat", _concat, _no_macs, passes_scale=True, activations=None, takes_constants=True),
         Op("Split", _split, _no_macs, passes_scale=True, constants=_SETTINGS),
         Op("Slice", _slice, _no_macs, passes_scale=True, constants=_SETTINGS),
         Op("Pad", _pad, _no_macs, passes_scale=True, constants=_SETTINGS),
@@ -314,3 +322,6 @@ OPS: dict[str, Op] = {
         Op("ResizeNearest", _resize_nearest, _no_macs, passes_scale=True, constants=_SETTINGS),
     )
 }
+
+# ONNX operators of which an int8 constant may be an operand.
+TAKE_CONSTANTS = frozenset("MatMul" if name == "BatchMatMul" else name for name, op in OPS.items() if op.takes_constants)

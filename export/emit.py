@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from isthmus.errors import Problem, ProblemsError
-from isthmus.export.draft import REQUANTISE, Draft, activations, bounds
+from isthmus.export.draft import REQUANTISE, SILU, Draft, activations, bounds, operands, results, row_of
 from isthmus.export.rewrites._edit import attributes_of, constant, static_shape
 from isthmus.form_writer import Activation, FormWriter
 from isthmus.graph import QuantGraph
@@ -58,11 +58,14 @@ class _Emitter(FormWriter):
 
     # ---- operands
     def _tensor(self, value: ir.Value) -> str:
-        """The int8 tensor of a value; a float one (graph input, result of an island) is quantised here."""
-        name = str(value.name)
+        """The int8 tensor of a value; a float one (graph input, result of an island) is quantised here, a constant is stored."""
+        name, held = str(value.name), constant(value)
         if name not in self.int8:
             step = self.draft.steps[name]
-            self.int8[name] = self.quantise(name, scale=step.scale, zero_point=step.zero_point, name=self._base(f"{name}_quantised"))
+            if held is None:
+                self.int8[name] = self.quantise(name, scale=step.scale, zero_point=step.zero_point, name=self._base(f"{name}_quantised"))
+            else:
+                self.int8[name] = self.constant_int8(self._base(name), step.integers(held), scale=step.scale, zero_point=step.zero_point)
         return self.int8[name]
 
     def _real(self, value: ir.Value) -> str:
@@ -92,8 +95,16 @@ class _Emitter(FormWriter):
                 inputs.append(self.constant(f"{node.name}.constant{position}", held))
             else:
                 inputs.append(self._real(value))
-        attributes = {name: _proto(value) for name, value in attributes_of(node).items()}
-        self.float_node(node.op_type, inputs, [str(value.name or "") for value in node.outputs], str(node.name), **attributes)
+        name, outputs = str(node.name), [str(value.name or "") for value in node.outputs]
+        inside = f"{outputs[0]}.inside"
+        if node.op_type == SILU:  # spelled out again
+            self.float_node("Sigmoid", inputs, [inside], f"{name}.sigmoid")
+            self.float_node("Mul", [*inputs, inside], outputs, name)
+        elif node.op_type == "MatMul" and len(inputs) > 2:
+            self.float_node("MatMul", inputs[:2], [inside], name)
+            self.float_node("Add", [inside, inputs[2]], outputs, f"{name}.add")
+        else:
+            self.float_node(node.op_type, inputs, outputs, name, **{key: _proto(value) for key, value in attributes_of(node).items()})
 
     def _int8_node(self, node: ir.Node) -> None:
         name = str(node.name)
@@ -104,36 +115,40 @@ class _Emitter(FormWriter):
         if node.op_type == REQUANTISE:
             self.int8[result] = self._requantised(activations(node)[0], step.scale, step.zero_point, label)
             return
-        tensors = [self._tensor(value) for value in activations(node)]
+        row = row_of(node)
+        if row is None:
+            raise AssertionError(f"{node.op_type} was placed in int8, but the form has no row for it")
+        tensors = [self._tensor(value) for value in operands(node)]
         arithmetic: dict[str, Any] = {"scale": step.scale, "zero_point": step.zero_point, "name": label}
         fused = arithmetic | {"activation": _activation(reader)}
-        match node.op_type:
-            case "Conv" | "Gemm" | "MatMul":
-                out = self._linear(node, tensors[0], given, fused)
-            case "Add":
-                out = self.add(tensors[0], tensors[1], **fused)
-            case "MaxPool":
-                window = (given["kernel_shape"], given.get("strides"), given.get("pads"))
-                out = self.max_pool(tensors[0], *_window(*window), given.get("ceil_mode", 0), given.get("dilations"), label)
-            case "AveragePool":
-                window = (given["kernel_shape"], given.get("strides"), given.get("pads"))
-                out = self.average_pool(tensors[0], *_window(*window), given.get("ceil_mode", 0), given.get("count_include_pad", 0), **arithmetic)
-            case "GlobalAveragePool":
-                out = self.global_average_pool(tensors[0], **arithmetic)
-            case "Relu":
-                out = self.relu(tensors[0], label)
-            case "Clip":
-                low, high = bounds(node) or (-np.inf, np.inf)
-                out = self.clip(tensors[0], low, high, label)
+        match row.name:
+            case "Conv" | "ConvTranspose" | "Gemm" | "MatMul":
+                written = [self._linear(node, tensors[0], given, fused)]
+            case "Silu":
+                written = [self.silu(tensors[0], **arithmetic)]
             case "Flatten":
-                out = self.flatten(tensors[0], given.get("axis", 1), label)
+                written = [self.flatten(tensors[0], given.get("axis", 1), label)]
             case "Reshape":
-                out = self.reshape(tensors[0], static_shape(node.outputs[0]) or (), label)
-            case "Concat":
-                out = self.concat(tensors, given["axis"], label)
+                written = [self.reshape(tensors[0], static_shape(node.outputs[0]) or (), label)]
+            case "Split":
+                written = self.split(tensors[0], [(static_shape(part) or ())[given.get("axis", 0)] for part in results(node)], given.get("axis", 0), label)
             case _:
-                raise AssertionError(f"{node.op_type} was placed in int8, but has no row here")
-        self.int8[result] = out
+                inputs = [*(self.dequantise(tensor) for tensor in tensors), *self._settings(node, label, len(tensors))]
+                written = [self._group(node.op_type, inputs, step.scale, step.zero_point, fused["activation"], self._fresh(label), self._given(node))]
+        self.int8 |= {str(value.name): tensor for value, tensor in zip(results(reader or node), written, strict=True)}
+
+    def _settings(self, node: ir.Node, label: str, first: int) -> list[str]:
+        """The constant inputs from position `first` on, under names of their own."""
+        held = [constant(value) for value in node.inputs[first:]]
+        return ["" if array is None else self.constant(self._fresh(f"{label}_constant{position}"), array) for position, array in enumerate(held, first)]
+
+    def _given(self, node: ir.Node) -> dict[str, Any]:
+        """Attributes as the file has them, and ONNX's defaults where the form wants them written."""
+        given = attributes_of(node)
+        if node.op_type in ("MaxPool", "AveragePool"):
+            rank = len(given["kernel_shape"])
+            given = {"strides": [1] * rank, "pads": [0] * (2 * rank), "ceil_mode": 0} | given
+        return {name: _proto(value) for name, value in given.items()}
 
     def _requantised(self, source: ir.Value, scale: float, zero_point: int, label: str) -> str:
         name = str(source.name)
@@ -143,13 +158,16 @@ class _Emitter(FormWriter):
 
     def _linear(self, node: ir.Node, x: str, given: dict[str, Any], fused: dict[str, Any]) -> str:
         weight = self.draft.weights[str(node.name)]
-        if node.op_type == "MatMul":
-            return self.matmul(x, weight.values, weight.scale, **fused)
-        bias = self._bias(node, weight.scale)
-        if node.op_type == "Gemm":
-            return self.gemm(x, weight.values, weight.scale, bias, **fused)
+        group = int(given.get("group", 1))
+        scales = np.tile(weight.scale, group) if node.op_type == "ConvTranspose" and weight.scale.size > 1 else weight.scale
+        bias = self._bias(node, scales)
+        if node.op_type in ("MatMul", "Gemm"):
+            return (self.matmul if node.op_type == "MatMul" else self.gemm)(x, weight.values, weight.scale, bias, **fused)
         window: dict[str, Any] = {key: given.get(key) for key in ("strides", "pads", "dilations")}
-        return self.conv(x, weight.values, weight.scale, bias, group=given.get("group", 1), **window, **fused)
+        if node.op_type == "Conv":
+            return self.conv(x, weight.values, weight.scale, bias, group=group, **window, **fused)
+        extra = given.get("output_padding")
+        return self.conv_transpose(x, weight.values, weight.scale, bias, group=group, output_padding=extra, **window, **fused)
 
     def _bias(self, node: ir.Node, weight_scale: np.ndarray) -> np.ndarray | None:
         real = self.draft.biases.get(str(node.name))
@@ -171,11 +189,6 @@ def _activation(reader: ir.Node | None) -> Activation:
         return ""
     low, high = bounds(reader) or (-np.inf, np.inf)
     return "Relu" if reader.op_type == "Relu" else ("Clip", low, high)
-
-
-def _window(kernel: list[int], strides: list[int] | None, pads: list[int] | None) -> tuple[list[int], list[int], list[int]]:
-    """ONNX's defaults: stride 1, no padding."""
-    return kernel, strides or [1] * len(kernel), pads or [0] * (2 * len(kernel))
 
 
 def _proto(value: Any) -> Any:

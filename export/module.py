@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from onnxscript.optimizer import fold_constants, remove_unused_nodes
 from isthmus.errors import IsthmusError
 from isthmus.export.pt2 import load_pt2
 from isthmus.graph import OPSET
+from isthmus.user_line import user_line
 
 Inputs = torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray]
 
@@ -35,10 +37,12 @@ def onnx_from_module(module: torch.nn.Module, example_inputs: Inputs, *, as_writ
     try:
         with _quiet():
             try:
-                program = torch.export.export(module, examples, strict=False)
+                with contextlib.redirect_stderr(io.StringIO()):  # torch 2.13 prints the graph so far where it fails
+                    program = torch.export.export(module, examples, strict=False)
             except Exception as error:
                 fix = "forward() must be traceable (no branches on tensor values)"
-                raise IsthmusError(f"{type(module).__name__} cannot be exported: {_reason(error)}; {fix}") from error
+                place = user_line(error, [__file__, contextlib.__file__])
+                raise IsthmusError(f"{type(module).__name__} cannot be exported: {_reason(error)}{place}; {fix}") from error
             return _onnx(program, type(module).__name__, as_written)
     finally:
         for part, mode in modes.items():

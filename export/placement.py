@@ -3,31 +3,39 @@
 
 Layers with weights are int8 where the form has them and the recipe does not keep them float. Operators without weights follow their
 neighbours: between float islands they stay float, as quantising there would only lose accuracy. Values joined by an operator that keeps the scale
-(MaxPool, Reshape, Concat, ...) form a group with one scale.
+(MaxPool, Reshape, Concat, Split, ...) form a group with one scale. The graph is one that `settle` has been through.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from isthmus.errors import IsthmusError, Problem, ProblemsError
-from isthmus.export.draft import activations, bounds, fits_int8, follower, is_weighted, passes_scale
+from isthmus.export.draft import activations, bounds, fits_int8, follower, is_weighted, operands, passes_scale, results
+from isthmus.export.rewrites._edit import constant, input_at
 from isthmus.recipe import Recipe
+
+# A padding value beyond it stands for minus infinity ("must never win"): it saturates instead of deciding a range.
+LARGEST_PADDING = 1e6
 
 
 @dataclass(frozen=True)
 class Placement:
     """`int8_nodes` by name; `fused` the Relu or Clip a node takes with it; `groups` maps each quantised value to its group's
-    representative; `sources` are the values that decide a group's range (the others only pass values on).
+    representative; `sources` are the values that decide a group's range (the others only pass values on), and `constants` the ranges that are
+    known without calibration: of constant operands, and of what a Pad puts around a tensor.
     """
 
     int8_nodes: frozenset[str]
     fused: Mapping[str, ir.Node]
     groups: Mapping[str, str]
     sources: tuple[str, ...]
+    constants: Mapping[str, tuple[float, float]]
 
 
 def place(model: ir.Model, recipe: Recipe | None = None) -> Placement:
@@ -38,25 +46,39 @@ def place(model: ir.Model, recipe: Recipe | None = None) -> Placement:
     kept = _kept_float(nodes, recipe) if recipe is not None else frozenset()
     int8 = _int8_nodes(nodes, kept)
     if not any(is_weighted(node) for node in nodes if node.name in int8):
-        found = f"none of its {len(nodes)} nodes is a layer with weights that int8 has (Conv, Gemm, MatMul by a constant)"
+        found = f"none of its {len(nodes)} nodes is a layer with weights that int8 has (Conv, ConvTranspose, Gemm, MatMul by a constant)"
         if kept:
             found = f"the recipe keeps {len(kept)} of its {len(nodes)} nodes float, and none of the others is a layer with weights that int8 has"
         raise ProblemsError("nothing to quantise", [Problem("model", "nothing-to-quantise", found, "give a network, or run it as float")])
     fused = {name: reader for name, node in int8.items() if (reader := _fused(node, kept)) is not None}
     groups: dict[str, str] = {}
     sources: list[str] = []
+    constants: dict[str, tuple[float, float]] = {}
     for name, node in int8.items():
-        inputs = [value_name(value) for value in activations(node)]
-        result = value_name((fused.get(name) or node).outputs[0])
-        for value in (*inputs, result):
+        inputs = [value_name(value) for value in operands(node)]
+        written = [value_name(value) for value in results(fused.get(name) or node)]
+        for value in (*inputs, *written):
             groups.setdefault(value, value)
-        produced = result if not passes_scale(node) or node.op_type == "Clip" else None
+        produced = written if not passes_scale(node) or node.op_type == "Clip" else []
         fresh = [value_name(value) for value in activations(node) if not _from_int8(value, int8, fused)]
-        sources += [value for value in (*fresh, produced) if value is not None and value not in sources]
+        sources += [value for value in dict.fromkeys((*fresh, *produced)) if value not in sources]
+        constants |= {value_name(value): _range(held) for value in operands(node) if (held := constant(value)) is not None}
+        constants |= _padding(node)
         if passes_scale(node):
-            for value in inputs:
-                _join(groups, value, result)
-    return Placement(frozenset(int8), fused, {value: _root(groups, value) for value in groups}, tuple(sources))
+            for value in (*inputs[1:], *written):
+                _join(groups, inputs[0], value)
+    return Placement(frozenset(int8), fused, {value: _root(groups, value) for value in groups}, tuple(sources), constants)
+
+
+def _range(held: np.ndarray) -> tuple[float, float]:
+    return float(held.min(initial=0.0)), float(held.max(initial=0.0))
+
+
+def _padding(node: ir.Node) -> dict[str, tuple[float, float]]:
+    """What a Pad adds to the range of its result."""
+    held = constant(input_at(node, 2)) if node.op_type == "Pad" else None
+    level = 0.0 if held is None else float(held.reshape(-1)[0])
+    return {value_name(node.outputs[0]): (level, level)} if 0 < abs(level) <= LARGEST_PADDING and math.isfinite(level) else {}
 
 
 def value_name(value: ir.Value) -> str:
@@ -88,7 +110,7 @@ def _int8_nodes(nodes: list[ir.Node], kept: frozenset[str]) -> dict[str, ir.Node
                 chosen[str(node.name)] = node
         for node in reversed(able):
             # Not backwards over a Relu or Clip behind an island: what it reads has the wider range, a quantiser behind it loses less.
-            if bounds(node) is None and any(str(reader.name) in chosen for reader in node.outputs[0].consumers()):
+            if bounds(node) is None and any(str(reader.name) in chosen for reader in _readers(node)):
                 chosen[str(node.name)] = node
         if len(chosen) == before:
             break
@@ -108,8 +130,12 @@ def _is_lonely(node: ir.Node, chosen: Mapping[str, ir.Node]) -> bool:
     """A node without weights that gets nothing from an int8 node and gives nothing to one."""
     if is_weighted(node):
         return False
-    neighbours = [producer for value in activations(node) if (producer := value.producer()) is not None] + list(node.outputs[0].consumers())
+    neighbours = [producer for value in activations(node) if (producer := value.producer()) is not None] + _readers(node)
     return not any(str(neighbour.name) in chosen for neighbour in neighbours)
+
+
+def _readers(node: ir.Node) -> list[ir.Node]:
+    return [reader for value in results(node) for reader in value.consumers()]
 
 
 def _from_int8(value: ir.Value, int8: Mapping[str, ir.Node], fused: Mapping[str, ir.Node]) -> bool:

@@ -22,6 +22,7 @@ from isthmus.export.accept import DEFAULT_DOMAINS, accept, check_valid, default_
 from isthmus.export.rewrites import EXACT_REWRITES
 from isthmus.export.rewrites._edit import NodeRewrite
 from isthmus.export.shapes import Shapes, drop_constant_inputs, fix_input_shapes, infer_shapes, require_static
+from isthmus.export.windows import require_windows
 from isthmus.graph import IR_VERSION, OPSET
 
 # Undone by hand otherwise: for a product of rank 3 and more it merges the batch into the rows, which the form forbids.
@@ -57,7 +58,9 @@ def prepare_graph(model: onnx.ModelProto, shapes: Shapes | None, notes: list[str
     name_nodes(prepared)
     prepared = infer_shapes(prepared, strict=False)
     check_valid(prepared)
-    return infer_shapes(convert_opset(prepared))
+    prepared = infer_shapes(convert_opset(prepared))
+    require_windows(prepared)
+    return prepared
 
 
 def convert_opset(model: onnx.ModelProto) -> onnx.ModelProto:

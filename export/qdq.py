@@ -11,9 +11,11 @@ import numpy as np
 import onnx_ir as ir
 
 from isthmus.errors import Problem, ProblemsError
-from isthmus.export.draft import REQUANTISE, Draft, Step, Weight, activations, fits_int8, follower, is_weighted, passes_scale
+from isthmus.export.draft import REQUANTISE, Draft, Step, Weight, activations, bounds, fits_int8, follower, is_weighted, operands, passes_scale, results
 from isthmus.export.rewrites._edit import add_constant, attributes_of, constant, input_at, new_node, only_reader, replace, static_shape
 from isthmus.export.rewrites.linear_as_gemm import NORMAL, as_bias
+from isthmus.export.scales import step_from_range
+from isthmus.export.settle import settle
 from isthmus.export.unquantise import Held, Unquantised
 from isthmus.ops import OPS
 
@@ -23,6 +25,7 @@ QUANTISE_AGAIN = "quantise again with a quantiser on the result of every layer"
 def draft_from_unquantised(found: Unquantised) -> Draft:
     """Raises `ProblemsError` naming each layer that has int8 weights but is not int8 on both sides."""
     _linear_normal_form(found)
+    settle(found.model, found.held)
     _push_up(found)
     _merge_equal(found)
     placer = _Placer(found)
@@ -76,10 +79,16 @@ def _push_up(found: Unquantised) -> None:
     graph = found.model.graph
     known = {value.name for value in _int8_values(graph)}
     for node in reversed(list(graph)):
-        reader = only_reader(node.outputs[0]) if passes_scale(node) and fits_int8(node) else None
-        if reader is None or reader.op_type != REQUANTISE or all(value.name in known for value in activations(node)) or _is_fused(node):
+        readers = _only_readers(node) if passes_scale(node) and fits_int8(node) else []
+        steps = {found.steps[str(reader.outputs[0].name)] for reader in readers if reader.op_type == REQUANTISE}
+        if (
+            len(steps) != 1
+            or any(reader.op_type != REQUANTISE for reader in readers)
+            or all(value.name in known for value in activations(node))
+            or _is_fused(node)
+        ):
             continue
-        step = found.steps[str(reader.outputs[0].name)]
+        (step,) = steps
         for position, value in enumerate(node.inputs):
             if value is None or constant(value) is not None or found.steps.get(str(value.name)) == step:
                 continue
@@ -89,8 +98,17 @@ def _push_up(found: Unquantised) -> None:
             found.steps[str(result.name)] = step
             graph.insert_before(node, inserted)
             node.replace_input_with(position, result)
-        _absorb(graph, reader, node.outputs[0])
-        found.steps[str(node.outputs[0].name)] = step
+        for reader in readers:
+            value = reader.inputs[0]
+            assert value is not None
+            _absorb(graph, reader, value)
+            found.steps[str(value.name)] = step
+
+
+def _only_readers(node: ir.Node) -> list[ir.Node]:
+    """The one reader of each result that has any; empty where one has several, or is a graph output."""
+    readers = [only_reader(value) for value in results(node) if value.uses() or value.is_graph_output()]
+    return [] if None in readers else [reader for reader in readers if reader is not None]
 
 
 def _merge_equal(found: Unquantised) -> None:
@@ -111,8 +129,8 @@ def _int8_values(graph: ir.Graph) -> Iterable[ir.Value]:
     for node in graph:
         passed = passes_scale(node) and fits_int8(node) and all(id(value) in known for value in activations(node))
         if node.op_type == REQUANTISE or passed:
-            known.add(id(node.outputs[0]))
-            yield node.outputs[0]
+            known.update(id(value) for value in results(node))
+            yield from results(node)
 
 
 def _is_fused(node: ir.Node) -> bool:
@@ -152,8 +170,8 @@ class _Placer:
                 self._passing(node)
             elif ready and (not is_weighted(node) or _held(self.found, node) is not None):
                 self._arithmetic(node)
-            elif _held(self.found, node) is not None:
-                self._say_unready(node)
+            elif _held(self.found, node) is not None and not all(str(value.name) in self.draft.steps for value in activations(node)):
+                self._say_unready(node)  # a layer whose attributes alone do not fit is a float island
 
     def _requantise(self, node: ir.Node) -> None:
         step, source = self.found.steps[str(node.outputs[0].name)], node.inputs[0]
@@ -167,15 +185,22 @@ class _Placer:
 
     def _int8(self, node: ir.Node, step: Step) -> None:
         self.draft.int8_nodes.add(str(node.name))
-        self.draft.steps[str(node.outputs[0].name)] = step
+        self.draft.steps |= {str(value.name): step for value in results(node)}
 
     def _passing(self, node: ir.Node) -> None:
         steps = [self.draft.steps[str(value.name)] for value in activations(node)]
-        reader = only_reader(node.outputs[0])
-        behind = reader is not None and reader.op_type == REQUANTISE
-        target = steps[0] if len(set(steps)) == 1 else self.found.steps[str(reader.outputs[0].name)] if behind and reader is not None else _widest(steps)
-        for position, (value, step) in enumerate(zip(list(node.inputs), steps, strict=False)):
-            if step == target or value is None:
+        readers = _only_readers(node)
+        behind = self.found.steps[str(readers[0].outputs[0].name)] if len(readers) == 1 and readers[0].op_type == REQUANTISE else None
+        target = steps[0] if len(set(steps)) == 1 else behind or _widest(steps)
+        stored = _stored(node)
+        if behind is not None and not all(target.holds(array) for array in stored.values()):
+            target = behind  # where what is stored is rounded anyway
+        if target != behind and not (all(target.holds(array) for array in stored.values()) and _clips_whole(node, target)):
+            return  # a number between two steps, which the quantiser behind would see: float
+        for position, value in enumerate(operands(node)):
+            if constant(value) is not None:
+                self.draft.steps[str(value.name)] = target
+            if constant(value) is not None or self.draft.steps[str(value.name)] == target:
                 continue
             changed = new_node(REQUANTISE, [value], {}, f"{node.name}_requantise{position}")
             result = changed.outputs[0]
@@ -186,6 +211,7 @@ class _Placer:
         self._int8(node, target)
 
     def _arithmetic(self, node: ir.Node) -> None:
+        stored = {str(value.name): self._stored_step(value) for value in operands(node) if constant(value) is not None}
         fused = follower(node)
         result = (fused or node).outputs[0]
         reader = only_reader(result)
@@ -193,6 +219,9 @@ class _Placer:
             if is_weighted(node):
                 self._say_unquantised_result(node, result)
             return
+        if None in stored.values():
+            return  # a constant that nobody quantised, and that no power of two makes whole
+        self.draft.steps |= {name: step for name, step in stored.items() if step is not None}
         step = self.found.steps[str(reader.outputs[0].name)]
         _absorb(self.graph, reader, result)
         self.draft.int8_nodes.add(str(node.name))
@@ -202,6 +231,21 @@ class _Placer:
             self.absorbed.add(id(fused))
         if is_weighted(node):
             self._weights(node)
+
+    def _stored_step(self, value: ir.Value) -> Step | None:
+        """How a constant operand is quantised: as it was, or by a power of two that holds all of it exactly."""
+        held, real = self.found.held.get(str(value.name)), np.asarray(constant(value))
+        if (
+            held is not None
+            and held.scale.size == 1
+            and held.zero_point.size == 1
+            and held.values.dtype == np.int8
+            and abs(int(held.zero_point.reshape(-1)[0])) <= 128
+        ):
+            step = Step(float(held.scale.reshape(-1)[0]), int(held.zero_point.reshape(-1)[0]))
+        else:
+            step = step_from_range(float(real.min()), float(real.max()), "power_of_two")
+        return step if step.holds(real) else None
 
     def _weights(self, node: ir.Node) -> None:
         held = _held(self.found, node)
@@ -241,12 +285,20 @@ class _Placer:
 
     def _say_unready(self, node: ir.Node) -> None:
         bare = [str(value.name) for value in activations(node) if str(value.name) not in self.draft.steps]
-        if bare:
-            found = f"its weight is int8, but its input {bare[0]!r} is float"
-            self._say(str(node.name), "input-not-quantised", found, "quantise the input of every layer with int8 weights")
-        else:
-            found = f"{node.op_type} with {attributes_of(node)} is not in the int8 form"
-            self._say(str(node.name), "attributes", found, "use 1-D or 2-D convolutions and plain linear layers")
+        found = f"its weight is int8, but its input {bare[0]!r} is float"
+        self._say(str(node.name), "input-not-quantised", found, "quantise the input of every layer with int8 weights")
+
+
+def _stored(node: ir.Node) -> dict[str, np.ndarray]:
+    """Numbers that an operator without arithmetic brings in: constant operands, and what a Pad puts around a tensor."""
+    values = [*operands(node), *([input_at(node, 2)] if node.op_type == "Pad" else [])]
+    return {str(value.name): held for value in values if value is not None and (held := constant(value)) is not None}
+
+
+def _clips_whole(node: ir.Node, step: Step) -> bool:
+    """Whether a Clip's bounds are whole steps, as far as the integers reach them."""
+    edges = [(end - step.zero_point) * step.scale for end in (-128, 127)]
+    return all(step.holds(np.array(bound)) for bound in bounds(node) or () if edges[0] < bound < edges[1])
 
 
 def _widest(steps: Iterable[Step]) -> Step:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from isthmus.errors import IsthmusError, Problem, ProblemsError
 from isthmus.export.accept import accept
@@ -19,6 +21,7 @@ from isthmus.export.qdq import draft_from_unquantised
 from isthmus.export.rewrites import QDQ_REWRITES
 from isthmus.export.rewrites._edit import constant, input_at
 from isthmus.export.scales import is_power_of_two, quantise_weight, step_from_range
+from isthmus.export.settle import settle
 from isthmus.export.shapes import Shapes
 from isthmus.export.unquantise import type_problems, unquantise
 from isthmus.form import RECIPE_KEY
@@ -31,26 +34,41 @@ Ranges = Mapping[str, tuple[float, float]]
 
 def tensors_to_calibrate(model: onnx.ModelProto, recipe: Recipe | None = None) -> tuple[str, ...]:
     """The tensors of a prepared float model whose ranges `graph_from_ranges` needs, in the model's order."""
-    return place(ir.serde.deserialize_model(model), recipe).sources
+    return place(_settled(model), recipe).sources
+
+
+def _settled(model: onnx.ModelProto) -> ir.Model:
+    graph = ir.serde.deserialize_model(model)
+    settle(graph)
+    return graph
 
 
 def layers_with_weights(model: onnx.ModelProto) -> tuple[str, ...]:
     """The names of the layers that are int8 unless a recipe keeps them float, in the model's order."""
-    graph = ir.serde.deserialize_model(model)
+    graph = _settled(model)
     int8 = place(graph).int8_nodes
     return tuple(str(node.name) for node in graph.graph if node.name in int8 and is_weighted(node))
 
 
-def graph_from_ranges(model: onnx.ModelProto, ranges: Ranges, recipe: Recipe, corrections: Mapping[str, np.ndarray] | None = None) -> QuantGraph:
+def graph_from_ranges(
+    model: onnx.ModelProto,
+    ranges: Ranges,
+    recipe: Recipe,
+    corrections: Mapping[str, np.ndarray] | None = None,
+    weights: Mapping[str, np.ndarray] | None = None,
+) -> QuantGraph:
     """A prepared float model (`prepare_float`) in int8 form, quantised by `recipe` with the measured range of each tensor.
 
-    `corrections` are added to biases, by layer name, one number an output channel; they change no other integer and no scale.
+    `corrections` are added to biases, by layer name, one number an output channel; they change no other integer and no scale. `weights`
+    are int8 weights by layer name that take the place of the nearest integers, at the same scale.
     Raises `IsthmusError` where a range is missing or not finite, `ProblemsError` where no layer can be int8 or a rule of the form breaks.
     """
-    graph = ir.serde.deserialize_model(model)
+    graph = _settled(model)
     placement = place(graph, recipe)
     draft = Draft(graph, set(placement.int8_nodes), dict(placement.fused), _steps(placement, ranges, recipe))
     _quantise_weights(draft, recipe)
+    for name, values in (weights or {}).items():
+        draft.weights[name] = replace(draft.weights[name], values=values)
     for name, correction in (corrections or {}).items():
         draft.biases[name] = draft.biases.get(name, 0.0) + np.asarray(correction, np.float64)
     return emit(draft, recipe)
@@ -69,7 +87,8 @@ def graph_from_qdq(model: onnx.ModelProto, recipe: Recipe | None = None, shapes:
     if problems:
         raise ProblemsError("the quantised model cannot be brought into int8 form", problems)
     found = unquantise(prepare_graph(model, shapes, []))
-    ir.passes.PassManager([rewrite() for rewrite in QDQ_REWRITES], steps=8, early_stop=True)(found.model)
+    rounds = [*(rewrite() for rewrite in QDQ_REWRITES), common.RemoveUnusedNodesPass()]
+    ir.passes.PassManager(rounds, steps=8, early_stop=True)(found.model)
     draft = draft_from_unquantised(found)
     return emit(draft, recipe or inferred_recipe(draft))
 
@@ -91,8 +110,7 @@ def _steps(placement: Placement, ranges: Ranges, recipe: Recipe) -> dict[str, St
         share = f"{len(missing)} of {len(placement.sources)} are missing"
         raise IsthmusError(f"no range was measured for tensor {missing[0]!r} ({share}); calibrate the prepared model")
     joined: dict[str, tuple[float, float]] = {}
-    for name in placement.sources:
-        low, high = ranges[name]
+    for name, (low, high) in [*((name, ranges[name]) for name in placement.sources), *placement.constants.items()]:
         root = placement.groups[name]
         other = joined.get(root, (low, high))
         joined[root] = (min(low, other[0]), max(high, other[1]))
@@ -116,7 +134,11 @@ def _quantise_weights(draft: Draft, recipe: Recipe) -> None:
             problems.append(Problem(name, "finite-weights", "its weight or bias holds NaN or infinity", "train or export the model again"))
             continue
         input_scale = draft.steps[str(node.inputs[0].name)].scale if node.inputs[0] is not None else 1.0
-        draft.weights[name] = quantise_weight(weight, OPS[node.op_type].weight_axis or 0, recipe.for_layer(name), bias, input_scale)
+        axis = OPS[node.op_type].weight_axis or 0
+        largest = bias
+        if bias is not None and bias.size != weight.shape[axis]:  # a ConvTranspose's groups share the scales of its second axis
+            largest = np.abs(bias).reshape(-1, weight.shape[axis]).max(axis=0)
+        draft.weights[name] = quantise_weight(weight, axis, recipe.for_layer(name), largest, input_scale)
         if bias is not None:
             draft.biases[name] = bias.astype(np.float64)
     if problems:

@@ -134,6 +134,22 @@ def _constants(found: Unquantised) -> Iterator[Problem]:
         found.held[str(real.name)] = held
         node.outputs[0].replace_all_uses_with(real)
         graph.remove(node, safe=True)
+    _turn_constants(found)
+
+
+def _turn_constants(found: Unquantised) -> None:
+    """A Transpose of dequantised integers (a linear layer's weight, as Brevitas writes it) is the DequantizeLinear of transposed ones."""
+    graph = found.model.graph
+    for node in list(graph):
+        held = found.held.get(str(node.inputs[0].name)) if node.op_type == "Transpose" and node.inputs[0] is not None else None
+        if held is None or node.outputs[0].is_graph_output():
+            continue
+        order = attributes_of(node).get("perm", list(range(held.values.ndim))[::-1])
+        turned = Held(np.ascontiguousarray(held.values.transpose(order)), held.scale, held.zero_point, order.index(held.axis) if order else 0)
+        real = add_constant(graph, f"{node.outputs[0].name}_real", turned.real.astype(np.float32))
+        found.held[str(real.name)] = turned
+        node.outputs[0].replace_all_uses_with(real)
+        graph.remove(node, safe=True)
 
 
 # ---- activations

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from isthmus.export.rewrites._edit import NodeRewrite
 from isthmus.export.rewrites.affine_into_layer import AffineIntoLayer
+from isthmus.export.rewrites.batch_in_front import BatchInFront
 from isthmus.export.rewrites.batch_norm_to_conv import BatchNormToConv
 from isthmus.export.rewrites.bilinear_to_average_pool import BilinearToAveragePool
 from isthmus.export.rewrites.ceil_pool_to_pad import CeilPoolToPad
@@ -20,6 +21,7 @@ from isthmus.export.rewrites.pool_before_pointwise import PoolBeforePointwise
 from isthmus.export.rewrites.reshape_chain import ReshapeChain
 from isthmus.export.rewrites.scale_into_weights import ScaleIntoWeights
 from isthmus.export.rewrites.single_token_attention import SingleTokenAttention
+from isthmus.export.rewrites.spelled_functions import SpelledFunctions
 from isthmus.export.rewrites.static_reshape import StaticReshape
 
 EXACT_REWRITES: tuple[type[NodeRewrite], ...] = (
@@ -33,6 +35,8 @@ EXACT_REWRITES: tuple[type[NodeRewrite], ...] = (
     ScaleIntoWeights,
     BatchNormToConv,  # what no layer took
     SingleTokenAttention,
+    SpelledFunctions,
+    BatchInFront,
     ReshapeChain,
     StaticReshape,
 )
@@ -49,4 +53,4 @@ OFFERED_REWRITES: tuple[type[NodeRewrite], ...] = (
 )
 
 # For graphs whose weights are integers already: none of these makes or changes a weight.
-QDQ_REWRITES: tuple[type[NodeRewrite], ...] = (ExplicitAttributes, ReductionsToPools, StaticReshape)
+QDQ_REWRITES: tuple[type[NodeRewrite], ...] = (ExplicitAttributes, ReductionsToPools, SpelledFunctions, BatchInFront, StaticReshape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conv, MaxPool and AveragePool with every attribute written: kernel_shape, strides, dilations, and pads instead of auto_pad."""
+"""Conv, ConvTranspose and pools with every attribute written: kernel_shape, strides, dilations, and pads instead of auto_pad (but ConvTranspose's)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from isthmus.export.rewrites._edit import NodeRewrite, attributes_of, input_at, 
 
 class ExplicitAttributes(NodeRewrite):
     def rewrite(self, graph: ir.Graph, node: ir.Node) -> bool:
-        if node.op_type not in ("Conv", "MaxPool", "AveragePool"):
+        if node.op_type not in ("Conv", "ConvTranspose", "MaxPool", "AveragePool"):
             return False
         space = static_shape(node.inputs[0])
         given = attributes_of(node)
         kernel = given.get("kernel_shape") or (static_shape(input_at(node, 1)) or ())[2:]
-        if space is None or not kernel:
+        if space is None or not kernel or (node.op_type == "ConvTranspose" and (given.get("auto_pad", "NOTSET") != "NOTSET" or "output_shape" in given)):
             return False
         wanted = explicit(node.op_type, given, list(space[2:]), list(kernel))
         if wanted == given:
@@ -40,7 +40,7 @@ def explicit(op: str, given: dict[str, Any], space: list[int], kernel: list[int]
         pads = same_pads(space, kernel, strides, dilations, upper=auto == "SAME_UPPER")
     known = {"auto_pad", "kernel_shape", "strides", "dilations", "pads"}
     wanted = {"kernel_shape": kernel, "strides": strides, "dilations": dilations, "pads": pads}
-    if op == "Conv":
+    if op in ("Conv", "ConvTranspose"):
         wanted["group"] = given.get("group", 1)
     return wanted | {name: value for name, value in given.items() if name not in known}
 

@@ -74,6 +74,13 @@ def _matmul() -> QuantGraph:
     return maker.done(maker.writer.matmul(maker.x, maker.weight(16, 8), 2.0**-8, scale=2.0**-2))
 
 
+def _matmul_bias(recipe: Recipe = PORTABLE) -> QuantGraph:
+    """A layer on every token of a sequence."""
+    maker = _Maker(recipe, (1, 5, 16), 24)
+    weight, scales, bias = maker.weight(16, 8), maker.scales(8), maker.bias(8)
+    return maker.done(maker.writer.matmul(maker.x, weight, scales, bias, scale=maker.step(-2), zero_point=maker.zero(5), activation="Relu"))
+
+
 def _add(recipe: Recipe = PORTABLE, **more: object) -> QuantGraph:
     """The second operand has another scale, so that one of them must be shifted; the result is coarser, so that ties occur."""
     maker = _Maker(recipe, (1, 4, 5, 5), 4)
@@ -141,6 +148,31 @@ def _two(method: str, recipe: Recipe = PORTABLE, exponent: int = -3, **more: obj
     scales = maker.step(-3), maker.step(exponent)
     second = maker.writer.requantize(maker.x, scale=scales[0], zero_point=maker.zero(4))
     return maker.done(getattr(maker.writer, method)(maker.x, second, scale=scales[1], zero_point=maker.zero(9), **more))
+
+
+def _with_constant(method: str, shape: Sequence[int], recipe: Recipe = PORTABLE, first: bool = False, **more: object) -> QuantGraph:
+    """One operand is stored: a positional embedding, a factor a channel."""
+    maker = _Maker(recipe, (1, 4, 5, 5), 21)
+    steps = maker.step(-4), maker.step(-3)
+    stored = maker.writer.constant_int8("stored", maker.random.integers(-128, 128, shape), scale=steps[0], zero_point=maker.zero(7))
+    operands = (stored, maker.x) if first else (maker.x, stored)
+    return maker.done(getattr(maker.writer, method)(*operands, scale=steps[1], zero_point=maker.zero(-9), **more))
+
+
+def _concat_constant() -> QuantGraph:
+    """A token in front of the others, as in a transformer's encoder."""
+    maker = _Maker(ASYMMETRIC, (1, 5, 6), 22)
+    scale = float(np.float32(0.0625 * 1.1))
+    x = maker.writer.requantize(maker.x, scale=scale, zero_point=-3)
+    token = maker.writer.constant_int8("token", maker.random.integers(-128, 128, (1, 1, 6)), scale=scale, zero_point=-3)
+    return maker.done(maker.writer.concat([token, x], axis=1))
+
+
+def _matmul_constant() -> QuantGraph:
+    """A stored matrix from the left, which is no weight."""
+    maker = _Maker(PORTABLE, (1, 2, 5, 6), 23)
+    stored = maker.writer.constant_int8("stored", maker.random.integers(-128, 128, (1, 2, 3, 5)), scale=2.0**-6)
+    return maker.done(maker.writer.batch_matmul(stored, maker.x, scale=2.0**-2))
 
 
 def _batch_matmul(recipe: Recipe = PORTABLE) -> QuantGraph:
@@ -227,6 +259,8 @@ MODELS: dict[str, Callable[[], QuantGraph]] = {
     "gemm_symmetric": lambda: _gemm(SYMMETRIC),
     "gemm_asymmetric": lambda: _gemm(ASYMMETRIC),
     "matmul": _matmul,
+    "matmul_bias": _matmul_bias,
+    "matmul_bias_asymmetric": lambda: _matmul_bias(ASYMMETRIC),
     "add": _add,
     "add_relu": lambda: _add(activation="Relu"),
     "add_asymmetric": lambda: _add(ASYMMETRIC),
@@ -262,6 +296,13 @@ MODELS: dict[str, Callable[[], QuantGraph]] = {
     "sub_asymmetric": lambda: _two("sub", ASYMMETRIC, activation="Relu"),
     "mul": lambda: _two("mul", exponent=-1),
     "mul_asymmetric": lambda: _two("mul", ASYMMETRIC, exponent=-1),
+    "add_constant": lambda: _with_constant("add", (1, 4, 5, 5), activation="Relu"),
+    "add_constant_asymmetric": lambda: _with_constant("add", (1, 1, 5, 5), ASYMMETRIC),
+    "sub_constant": lambda: _with_constant("sub", (1, 1, 1, 1), first=True),
+    "mul_constant": lambda: _with_constant("mul", (1, 4, 1, 1)),
+    "mul_constant_asymmetric": lambda: _with_constant("mul", (1, 4, 1, 1), ASYMMETRIC),
+    "concat_constant": _concat_constant,
+    "batch_matmul_constant": _matmul_constant,
     "squeeze_excite": lambda: _squeeze_excite(PORTABLE),
     "squeeze_excite_asymmetric": lambda: _squeeze_excite(ASYMMETRIC),
     "reduce_mean": lambda: _one("reduce_mean", (2, 3), False, scale=2.0**-6),

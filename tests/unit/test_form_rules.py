@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every rule of the form is broken once, on purpose, and the reader names it; mutated files never crash it."""
+"""Every rule of the form is broken once, on purpose, and the reader names it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from isthmus import reference
-from isthmus.errors import IsthmusError, ProblemsError
+from isthmus.errors import ProblemsError
 from isthmus.form import ISLANDS_KEY, RECIPE_KEY, RULES
 from isthmus.form_writer import FormWriter
 from isthmus.graph import QuantGraph
 from isthmus.ops import OPS
 from isthmus.recipe import Recipe
 
-# What a mutation may turn an operator into: every row that is an ONNX operator, and some floats.
-OPERATORS = {name for name in OPS if name not in ("Requantize", "Silu", "BatchMatMul", "ResizeNearest", "ResizeLinear")} | {
-    *("Resize", "Softmax", "Identity", "ArgMax", "LayerNormalization", "GridSample", "Cast", "Constant", "Exp", "Shape", "Gather"),
-}
 MODELS = sorted((Path(__file__).parents[1] / "models").glob("*.onnx"))
 Break = Callable[[onnx.ModelProto], None]
 
@@ -181,6 +174,35 @@ def _second_is_constant(model: onnx.ModelProto) -> None:
     _node(model, "mul").input[1] = "ones"
 
 
+def _read_twice(model: onnx.ModelProto) -> None:
+    """A second Add reads the same integers at half the scale."""
+    scale = numpy_helper.from_array(np.array(2.0**-5, np.float32), "half")
+    model.graph.initializer.append(scale)
+    zero = _node(model, "stored_dequantise").input[2]
+    second = helper.make_node("DequantizeLinear", ["stored", "half", zero], ["stored_half"], "stored_dequantise_2")
+    add, quantise = onnx.NodeProto(), onnx.NodeProto()
+    add.CopyFrom(_node(model, "add"))
+    quantise.CopyFrom(_node(model, "add_q_quantise"))
+    add.name, add.input[1], add.output[0], quantise.name = "add_2", "stored_half", "add_2_out", "add_2_q_quantise"
+    relu = helper.make_node("Relu", ["add_2_out"], ["add_2_active"], "add_2_relu")
+    quantise.input[0], quantise.output[0] = "add_2_active", "add_2_q"
+    border = helper.make_node("DequantizeLinear", ["add_2_q", *quantise.input[1:]], ["y2"], "y2_dequantise")
+    model.graph.node.extend([second, add, relu, quantise, border])
+    model.graph.output.append(helper.make_tensor_value_info("y2", onnx.TensorProto.FLOAT, None))
+
+
+def _mean_of_a_constant(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((1, 4, 7, 7), np.int8), "stored"))
+    quantiser = _node(model, "reducemean_q_quantise")
+    model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["stored", *quantiser.input[1:]], ["stored_real"], "stored_dequantise"))
+    _bypass(model, "reducemean", "stored_real")
+
+
+def _int32_constant(model: onnx.ModelProto) -> None:
+    _constant(model, "stored", np.ones((1, 4, 1, 1), np.int32))
+    _quantiser(model, "stored_dequantise", 2, np.array(0, np.int32))
+
+
 # One file of tests/models each: rule, what the message says, what breaks it.
 OPERATOR_BREAKS: dict[str, tuple[str, str, str, Break]] = {
     "transposes the batch": ("transpose", "attributes", "perm", lambda m: _attribute(m, "transpose", perm=[1, 0, 2, 3])),
@@ -224,6 +246,26 @@ OPERATOR_BREAKS: dict[str, tuple[str, str, str, Break]] = {
         "sigmoid", "quantiser-scale", "finite positive",
         lambda m: [_quantiser(m, f"x_quantised_{part}quantise", 1, np.array(2.0**121, np.float32)) for part in ("", "de")] and None,
     ),
+    "a constant of fewer axes": ("mul_constant", "operand", "as many axes", lambda m: _constant(m, "stored", np.ones((4, 1, 1), np.int8))),
+    "a constant that adds samples": ("add_constant", "operand", "its batch", lambda m: _constant(m, "stored", np.ones((2, 4, 5, 5), np.int8))),
+    "two constants": ("add_constant", "operand", "no activation", lambda m: _bypass(m, "add", "stored_real")),
+    "a scale a channel": (
+        "mul_constant", "quantiser-dtype", r"int8\[4\]",
+        lambda m: _quantiser(m, "stored_dequantise", 1, np.full(4, 0.5, np.float32)) or _quantiser(m, "stored_dequantise", 2, np.zeros(4, np.int8)),
+    ),
+    "a constant's scale": ("mul_constant", "scheme", "0.3", lambda m: _quantiser(m, "stored_dequantise", 1, np.array(0.3, np.float32))),
+    "a constant's zero point": ("mul_constant", "scheme", "zero point 7", lambda m: _quantiser(m, "stored_dequantise", 2, np.array(7, np.int8))),
+    "a constant with two scales": ("add_constant", "dequantiser", "two scales", _read_twice),
+    "a constant of another scale": (
+        "concat_constant", "passes-scale", "joins scales", lambda m: _quantiser(m, "token_dequantise", 1, np.array(0.5, np.float32)),
+    ),
+    "a constant where none may be": ("reduce_mean", "operand", "no activation", _mean_of_a_constant),
+    "a constant as an output": (
+        "add_constant", "float-island", "no node computes", lambda m: m.graph.output.append(helper.make_tensor_value_info("stored_real", 1, None)),
+    ),
+    "a bias a row": ("matmul_bias", "bias", "not 8 int32 constants", lambda m: _constant(m, "matmul_bias_int", np.ones((5, 1), np.int32))),
+    "a product's bias of another scale": ("matmul_bias", "bias", "has scale", lambda m: _quantiser(m, "matmul_bias_dequantise", 1, np.array(0.5, np.float32))),
+    "an int32 constant": ("mul_constant", "operand", "has a constant operand", _int32_constant),
     "nothing of the reference": ("layer_norm_island", "float-island", "onnx's reference", lambda m: _initialiser(m, "island", 1, lambda gain: gain[:7])),
 }  # fmt: skip
 
@@ -299,77 +341,3 @@ def test_writing_and_reading_is_the_identity(file: Path, tmp_path: Path) -> None
     assert (tmp_path / "again.onnx").read_bytes() == graph.to_bytes()
     assert again.digest == graph.digest
     assert (again.inputs, again.outputs, again.tensors, again.recipe) == (graph.inputs, graph.outputs, graph.tensors, graph.recipe)
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.data())
-def test_damaged_bytes_never_crash_the_reader(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    raw = bytearray(data.draw(st.sampled_from(MODELS)).read_bytes())
-    for _ in range(data.draw(st.integers(1, 6))):
-        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    end = data.draw(st.one_of(st.none(), st.integers(0, len(raw))))
-    file = tmp_path_factory.mktemp("damaged") / "model.onnx"
-    file.write_bytes(bytes(raw[:end]))
-    try:
-        graph = QuantGraph.load(file)
-    except IsthmusError:
-        return
-    reference.run(graph, {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.inputs})
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.data())
-def test_mutated_graphs_are_accepted_or_named(data: st.DataObject) -> None:
-    """Whatever `verify` accepts, the reference runs, and a batch is its samples one by one."""
-    model = onnx.load(data.draw(st.sampled_from(MODELS)))
-    node = data.draw(st.sampled_from(list(model.graph.node)))
-    names = [name for other in model.graph.node for name in other.input] + [""]
-    match data.draw(st.sampled_from(["rewire", "drop", "op", "attribute", "unset", "cut", "constant", "swap"])):
-        case "rewire" if node.input:
-            node.input[data.draw(st.integers(0, len(node.input) - 1))] = data.draw(st.sampled_from(names))
-        case "drop":
-            model.graph.node.remove(node)
-        case "op":
-            node.op_type = data.draw(st.sampled_from(sorted(OPERATORS)))
-        case "attribute" if node.attribute:
-            attribute = data.draw(st.sampled_from(list(node.attribute)))
-            attribute.i = data.draw(st.integers(-3, 3))
-            attribute.f = data.draw(st.sampled_from([0.0, -1.5, 1e30, np.nan, np.inf]))
-            attribute.s = data.draw(st.sampled_from([b"", b"linear", b"nearest", b"cubic", b"asymmetric", b"tanh", b"CRD", b"reflect", b"\xff"]))
-            if attribute.ints:
-                attribute.ints[data.draw(st.integers(0, len(attribute.ints) - 1))] = data.draw(st.integers(-3, 5))
-        case "unset" if node.attribute:
-            del node.attribute[data.draw(st.integers(0, len(node.attribute) - 1))]
-        case "cut" if node.input:
-            del node.input[data.draw(st.integers(0, len(node.input) - 1)) :]
-        case "constant" if model.graph.initializer:
-            tensor = data.draw(st.sampled_from(list(model.graph.initializer)))
-            array = numpy_helper.to_array(tensor).copy()
-            if array.size:
-                array.reshape(-1)[data.draw(st.integers(0, array.size - 1))] = (
-                    data.draw(st.integers(-128, 127) | st.integers(-3, 3))
-                    if array.dtype.kind == "i"
-                    else data.draw(st.sampled_from([0.0, -1.0, np.nan, np.inf, 2.0**-3, 0.3]))
-                )
-                tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-        case "swap" if len(model.graph.node) > 1:
-            first, second = onnx.NodeProto(), onnx.NodeProto()
-            first.CopyFrom(model.graph.node[0])
-            second.CopyFrom(model.graph.node[1])
-            model.graph.node[0].CopyFrom(second)
-            model.graph.node[1].CopyFrom(first)
-    try:
-        graph = QuantGraph.from_model(model)
-    except ProblemsError as error:
-        assert all(problem.node and problem.rule in RULES for problem in error.problems), str(error)
-        return
-    random = np.random.default_rng(0)
-    two = {spec.name: random.integers(-128, 128, (2 * spec.shape[0], *spec.shape[1:])).astype(spec.dtype) for spec in graph.inputs}
-    single = [
-        reference.run(graph, {spec.name: two[spec.name][index * spec.shape[0] : (index + 1) * spec.shape[0]] for spec in graph.inputs}) for index in range(2)
-    ]
-    values = reference.run(graph, two)
-    assert set(values) == {spec.name for spec in graph.outputs}
-    for spec in graph.outputs:
-        assert single[0][spec.name].shape == spec.shape
-        np.testing.assert_allclose(values[spec.name], np.concatenate([part[spec.name] for part in single]), rtol=1e-6)

@@ -16,6 +16,7 @@ from isthmus import islands, kernels, reference, resampling, tables
 from isthmus.errors import IsthmusError
 from isthmus.form_writer import FormWriter
 from isthmus.graph import QuantGraph, QuantNode
+from isthmus.recipe import Recipe
 from isthmus.spec import TensorSpec
 
 MODELS = sorted((Path(__file__).parents[1] / "models").glob("*.onnx"))
@@ -187,6 +188,29 @@ def test_an_operand_without_the_batch_goes_through_one_batch_at_a_time() -> None
     random = np.random.default_rng(0)
     feeds = {"a": random.integers(-60, 60, (3, 2, 3)).astype(np.int8), "b": random.integers(-60, 60, (6, 3)).astype(np.int8)}
     np.testing.assert_array_equal(reference.run(writer.graph(), feeds)["y"], feeds["a"] - feeds["b"].reshape(3, 2, 3))
+
+
+def test_a_constant_operand_stands_for_every_batch() -> None:
+    """The graph's own batch is 2: each of the two samples has a token of its own, and one embedding serves both."""
+    writer = FormWriter()
+    x = writer.input("x", (2, 3, 4), scale=1.0)
+    random = np.random.default_rng(0)
+    token, embedding = random.integers(-60, 60, (2, 1, 4)).astype(np.int8), random.integers(-60, 60, (1, 4, 4)).astype(np.int8)
+    joined = writer.concat([writer.constant_int8("token", token, scale=1.0), x], axis=1)
+    writer.output(writer.add(joined, writer.constant_int8("embedding", embedding, scale=1.0), scale=1.0), "y")
+    feed = random.integers(-60, 60, (6, 3, 4)).astype(np.int8)
+    expected = np.concatenate([np.concatenate([token] * 3), feed], axis=1) + embedding
+    np.testing.assert_array_equal(reference.run(writer.graph(), {"x": feed})["y"], expected)
+
+
+def test_an_island_reads_a_stored_constant_with_its_zero_point() -> None:
+    writer = FormWriter(Recipe(name="asymmetric", scheme="asymmetric"))
+    x = writer.dequantise(writer.input("x", (1, 3), scale=0.5, zero_point=1))
+    stored = writer.dequantise(writer.constant_int8("stored", np.array([[3, 4, 5]]), scale=0.25, zero_point=3))
+    writer.float_node("Max", [x, stored], ["largest"], "largest")
+    writer.float_output("largest")
+    feed = np.full((2, 3), -128, np.int8)
+    np.testing.assert_array_equal(reference.run(writer.graph(), {"x": feed})["largest"], [[0, 0.25, 0.5]] * 2)
 
 
 # ---- float islands
