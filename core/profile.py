@@ -41,11 +41,18 @@ def load_profile(name: str) -> Profile:
     """The profile called `name`. Raises `IsthmusError` that lists the near names where there is none."""
     names = profile_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+        near = _near(name, names)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
         raise IsthmusError(f"unknown profile {name!r}: {hint} ('isthmus targets' lists all)")
     text = (resources.files("isthmus.targets") / "profiles" / f"{name}.toml").read_text(encoding="utf-8")
     return _profile(name, tomllib.loads(text))
+
+
+def _near(name: str, names: list[str]) -> list[str]:
+    """Up to three: those that share most words with `name`, in whatever order, then those spelt most like it."""
+    words = set(name.split("-"))
+    alike = difflib.get_close_matches(name, names, n=len(names), cutoff=0.4)
+    return sorted(alike, key=lambda other: -len(words & set(other.split("-"))))[:3]
 
 
 def _profile(name: str, data: Mapping[str, Any]) -> Profile:

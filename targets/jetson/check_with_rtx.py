@@ -1,33 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVIDIA's own check that the graph compiles: parse it and build it ahead of time with TensorRT-RTX, without a GPU, as a process of its own.
+"""NVIDIA's own check that the graphs compile: parse and build them ahead of time with TensorRT-RTX, without a GPU, as a process of its own.
 
-    python -m isthmus.targets.jetson.check_with_rtx model.onnx --sm 86
+    python -m isthmus.targets.jetson.check_with_rtx model.onnx model_float.onnx --sm 86 --kernels kernels.json
 
 TensorRT-RTX (1.7) knows SM86, desktop Ampere, but not Orin's SM87, and a Jetson loads only engines that its own TensorRT built: what
 is built here is thrown away, it shows that NVIDIA's parser and compiler take the graph. The last line says so, or names what they refuse.
+`kernels.json` lists what the compiler made of each graph: the kernels, the types they read and write, the ONNX nodes they hold.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 LAST_LINE_CHARACTERS = 400
+# What TensorRT-RTX 1.7 calls the kernels that multiply matrices; "kgen" are those it generates, "maxpool" and others come from its library.
+MATRIX_KERNELS = frozenset({"correlation", "conv", "deconv", "gemm", "fc", "batch_gemm"})
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One layer of the compiled engine, as the compiler's log lists it. `nodes` are the names of the ONNX nodes it holds or is a part of."""
+
+    name: str
+    kind: str
+    reads: tuple[str, ...]
+    constants: tuple[str, ...]
+    writes: tuple[str, ...]
+    nodes: tuple[str, ...]
+
+    @property
+    def multiplies_int8(self) -> bool:
+        """A matrix kernel whose every operand that is a tensor is int8."""
+        return self.kind in MATRIX_KERNELS and set(self.reads) == {"Int8"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    version: str
+    sm: int
+    seconds: float
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def sentence(self) -> str:
+        return f"parses and compiles with TensorRT-RTX {self.version} for SM{self.sm} in {self.seconds:.1f} s"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Parses and compiles an ONNX file with TensorRT-RTX, ahead of time.")
-    parser.add_argument("model", type=Path)
+    parser = argparse.ArgumentParser(description="Parses and compiles ONNX files with TensorRT-RTX, ahead of time.")
+    parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--sm", type=int, default=86, help="compute capability, 86 for 8.6 (default: %(default)s)")
+    parser.add_argument("--kernels", type=Path, help="write what was compiled to this JSON file")
     options = parser.parse_args(arguments)
     try:
-        line, code = check(options.model.read_bytes(), options.sm), 0
+        line, code = _all(options.models, options.sm, options.kernels), 0
     except OSError as error:
-        line, code = f"{options.model}: {error.strerror}", 2
+        line, code = f"{error.filename}: {error.strerror}", 2
     except RefusedError as error:
         line, code = str(error), 1
     sys.stdout.write(line[:LAST_LINE_CHARACTERS] + "\n")
@@ -38,8 +73,22 @@ class RefusedError(Exception):
     """The graph, the SM or this installation is refused; the text is the last line of the log."""
 
 
-def check(model: bytes, sm: int) -> str:
-    """One sentence with version, SM and seconds. Raises `RefusedError` with the node, its operator and NVIDIA's sentence."""
+def _all(models: list[Path], sm: int, kernels: Path | None) -> str:
+    done: dict[str, Compiled] = {}
+    for model in models:
+        try:
+            done[model.name] = compiled(model.read_bytes(), sm)
+        except RefusedError as error:
+            raise RefusedError(str(error) if len(models) == 1 else f"{model.name}: {error}") from None
+    if kernels is not None:
+        kernels.write_text(json.dumps({name: asdict(result) for name, result in done.items()}, indent=1) + "\n", encoding="utf-8")
+    results = list(done.values())
+    total = Compiled(results[0].version, sm, sum(result.seconds for result in results), ())
+    return total.sentence + ("" if len(models) == 1 else f" ({', '.join(done)})")
+
+
+def compiled(model: bytes, sm: int) -> Compiled:
+    """Version, SM, seconds and kernels. Raises `RefusedError` with the node, its operator and NVIDIA's sentence."""
     import tensorrt_rtx as trt
 
     capability = getattr(trt.ComputeCapability, f"SM{sm}", None)
@@ -58,9 +107,24 @@ def check(model: bytes, sm: int) -> str:
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(capability, 0)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the log then lists the kernels with their types
     if builder.build_serialized_network(network, config) is None:
         raise RefusedError(f"TensorRT-RTX {trt.__version__} does not build the graph for SM{sm}: {_sentence(log.errors)}")
-    return f"parses and compiles with TensorRT-RTX {trt.__version__} for SM{sm} in {time.perf_counter() - started:.1f} s"
+    return Compiled(trt.__version__, sm, round(time.perf_counter() - started, 3), kernels_from_log(log.layers))
+
+
+def kernels_from_log(text: str) -> tuple[Kernel, ...]:
+    """The layers of the compiler's closing list ("Name: ..., LayerType: ..., Inputs: [ { ... Datatype: Int8 ...")."""
+    found = []
+    for line in text.splitlines():
+        head = re.match(r"Name: (.*), LayerType: (\w+), Inputs: ", line)
+        if head is None:
+            continue
+        before, _, after = line.partition("Outputs: [")
+        reads, _, constants = before.partition("Constants: [")
+        types = [tuple(re.findall(r"Datatype: (\w+)", part)) for part in (reads, constants, after)]
+        found.append(Kernel(head[1], head[2], types[0], types[1], types[2], tuple(re.findall(r"\[ONNX Layer: ([^\]]*)\]", after))))
+    return tuple(found)
 
 
 def _parser_refusal(trt: Any, parser: Any) -> str:
@@ -73,16 +137,20 @@ def _parser_refusal(trt: Any, parser: Any) -> str:
 
 def _log(trt: Any) -> Any:
     class Log(trt.ILogger):
-        """Everything goes to the step's log, errors are kept for its last line."""
+        """Everything but chatter goes to the step's log, errors are kept for its last line, the list of kernels for `kernels_from_log`."""
 
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
+            self.layers = ""
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(message)
             if severity != trt.ILogger.VERBOSE:
+                sys.stdout.write(f"{message}\n")
+            elif message.startswith("Layers:"):
+                self.layers = message
                 sys.stdout.write(f"{message}\n")
 
     return Log()
