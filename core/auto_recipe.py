@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,7 @@ RANKED_SAMPLES = 64  # for the order of the layers; each of them is tried once
 FLOAT_SHARE = 0.5  # of the layers at most: with more of them float the network is no int8 network
 
 Check = Callable[[QuantGraph], Sequence[Problem]]
+Train = Callable[[Recipe], tuple[QuantGraph, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Attempt:
     score: float | None = None
     sqnr_db: float = -math.inf
     refused: str = ""
+    seconds: float = 0.0
 
 
 def is_auto(recipe: object) -> bool:
@@ -46,20 +49,22 @@ def base_recipe(text: str) -> Recipe:
     return replace(load_recipe(text.partition(":")[2] or "portable"), name="auto", qat_epochs=0)
 
 
-def climb(quantiser: PostTraining, evaluation: Dataset, base: Recipe, max_drop: float, check: Check, say: Say) -> tuple[QuantGraph, list[str]]:
-    """The first graph that holds, and in sentences what was tried.
+def climb(
+    quantiser: PostTraining, evaluation: Dataset, base: Recipe, max_drop: float, check: Check, say: Say, train: Train | None = None
+) -> tuple[QuantGraph, list[str]]:
+    """The first graph that holds, and in sentences what was tried. `train` makes a graph by training (QAT), where the model is a module.
 
     Judged by top-1 on the labels of `evaluation`, or without labels by how often the decision is the float model's; on at most `JUDGED_SAMPLES`.
     Raises `IsthmusError` listing every attempt with its figures where none holds.
     """
     if not 0 <= max_drop < 1:
         raise IsthmusError(f"--max-drop {max_drop}: expected a share from 0 to below 1, for example 0.005")
-    return _Climb(quantiser, evaluation, base, max_drop, check, say).run()
+    return _Climb(quantiser, evaluation, base, max_drop, check, say, train).run()
 
 
 class _Climb:
-    def __init__(self, quantiser: PostTraining, evaluation: Dataset, base: Recipe, max_drop: float, check: Check, say: Say) -> None:
-        self.quantiser, self.base, self.max_drop, self.check, self.say = quantiser, base, max_drop, check, say
+    def __init__(self, quantiser: PostTraining, evaluation: Dataset, base: Recipe, max_drop: float, check: Check, say: Say, train: Train | None = None) -> None:
+        self.quantiser, self.base, self.max_drop, self.check, self.say, self.train = quantiser, base, max_drop, check, say, train
         self.samples = quantiser.whole_batches(evaluation, JUDGED_SAMPLES)
         self.exact = run_float(quantiser.model, self.samples.samples)
         self.first = next(iter(self.exact))
@@ -72,7 +77,9 @@ class _Climb:
 
     def run(self) -> tuple[QuantGraph, list[str]]:
         for what, recipe in self._steps():
+            started = time.perf_counter()
             graph, notes, attempt = self._tried(what, recipe)
+            attempt = replace(attempt, seconds=time.perf_counter() - started)
             self.attempts.append(attempt)
             self.say(f"recipe auto: {self._told(attempt)}", None)
             if graph is not None and self._holds(attempt):
@@ -93,13 +100,23 @@ class _Climb:
             best = replace(self._best(), equalise=False, bias_correction=False)
             what = "channels equalised, biases corrected" if equalised else "biases corrected"
             yield f"{_described(best)}, {what}", replace(best, equalise=equalised, bias_correction=True)
-        yield from self._islands(self._best())
+        best = self._best()
+        if self.train is not None:
+            yield self._training()
+        yield from self._islands(best)
+
+    def _training(self) -> tuple[str, Recipe]:
+        """Training takes scheme and granularity of what the user began with, and the epochs and rate of the recipe that ships for it."""
+        shipped = load_recipe("portable-qat")
+        plain = replace(self.base, equalise=False, bias_correction=False, rounding="nearest")  # what follows is calibration alone
+        recipe = replace(plain, observer=shipped.observer, qat_epochs=shipped.qat_epochs, qat_learning_rate=shipped.qat_learning_rate)
+        return f"trained with the rounding (QAT), {recipe.qat_epochs} epochs", recipe
 
     def _islands(self, recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         names = [name for name in self.quantiser.layers() if not recipe.keeps_float(name)]
         if len(names) < 2:
             return
-        refusals = {name: self._refusal(with_islands(replace(recipe, bias_correction=False), [name])) for name in names}
+        refusals = {name: self._refusal(with_islands(replace(recipe, bias_correction=False, rounding="nearest"), [name])) for name in names}
         if all(refusals.values()):
             self.attempts.append(Attempt("layers kept float", recipe, refused=refusals[names[0]]))
             return
@@ -129,7 +146,7 @@ class _Climb:
         from isthmus.quantize.sensitivity import sqnr_db
 
         try:
-            graph, notes = self.quantiser.graph(recipe)
+            graph, notes = self.train(recipe) if recipe.qat_epochs and self.train is not None else self.quantiser.graph(recipe)
         except IsthmusError as error:
             if not self.attempts:
                 raise  # wrong data or a wrong model, no matter of the recipe
@@ -147,7 +164,7 @@ class _Climb:
     def _told(self, attempt: Attempt) -> str:
         if attempt.score is None:
             return f"{attempt.what}: refused: {attempt.refused}"
-        figures = f"{attempt.score:.4f} ({attempt.score - self.float_score:+.4f}), SQNR {attempt.sqnr_db:.1f} dB"
+        figures = f"{attempt.score:.4f} ({attempt.score - self.float_score:+.4f}), SQNR {attempt.sqnr_db:.1f} dB, {attempt.seconds:.1f} s"
         return f"{attempt.what}: {figures}: {'holds' if self._holds(attempt) else 'too low'}"
 
     def _goal(self) -> str:

@@ -21,6 +21,7 @@ from isthmus.compare import FLOAT_TOLERANCE, Comparison, compare_outputs, top1_a
 from isthmus.dataset import Dataset, Preprocess, from_arrays, load_data
 from isthmus.errors import IsthmusError, Problem, ProblemsError, VerificationError
 from isthmus.graph import QuantGraph
+from isthmus.holdout import hold_out
 from isthmus.plan import BuildPlan, StepResult, execute
 from isthmus.post_training import PostTraining
 from isthmus.profile import Profile, load_profile
@@ -57,6 +58,7 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     preprocess: Preprocess | str | None = None,
     options: Mapping[str, Any] | None = None,
+    data_root: str | Path | None = None,
     bench: bool = False,
     force: bool = False,
     say: Say | None = None,
@@ -65,8 +67,9 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
 
     `data` is a path (.npz, .npy, folder of images), an array, or arrays by input name, (N, ...) in NCHW: needed where the model is not int8
     yet. `recipe` is one, or the name or file of one; "auto" (or "auto:NAME", to start from another scheme) climbs to the first recipe whose
-    accuracy is at most `max_drop` (0.005) below the float model's. `options` are target options, "name" for all targets that have it. `bench`
-    measures what runs here. Nothing is written unless everything held.
+    accuracy is at most `max_drop` (0.005) below the float model's. `options` are target options, "name" for all targets that have it. `data_root`
+    holds the data set's own files of a zoo system, which is otherwise trained on what comes along. `bench` measures what runs here. Nothing is
+    written unless everything held.
 
     Raises `IsthmusError` (bad input), `ProblemsError` (every reason why a graph or target cannot do it), `VerificationError` (an artifact
     computes something else than the reference).
@@ -79,8 +82,13 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
     preprocess = Preprocess.parse(preprocess) if isinstance(preprocess, str) else preprocess
     jobs = _jobs(targets, options or {})
     with BundleWriter(output, force) as writer:
-        source = load_source(model, example_inputs, shapes or {}, recipe, tell)
+        source = load_source(model, example_inputs, shapes or {}, recipe, tell, data_root)
         calibration, evaluation = datasets(source, data, preprocess)
+        divided: list[str] = []
+        if calibration is not None and calibration is evaluation and source.graph is None and (automatic or recipe.qat_epochs):
+            calibration, evaluation, told = hold_out(calibration, next(iter(_input_shapes(source).values()))[0], recipe.seed)
+            divided.append(told)
+            tell(told, None)
         if automatic:
             graph, notes = _quantised_automatically(
                 source, calibration, evaluation if data is not None else source.selection, recipe, MAX_DROP if max_drop is None else max_drop, jobs, tell
@@ -117,7 +125,7 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
             "recipe": graph.recipe.to_dict(),
             "preprocess": preprocess.to_json() if preprocess is not None else None,
             "data": {"calibration": calibration.source if calibration else None, "evaluation": evaluation.source if evaluation else None},
-            "notes": [*source.notes, *notes],
+            "notes": [*source.notes, *divided, *notes],
             "tools": {tool.name: tool.version for tool in map(find_tool, tool_names()) if tool.found},
             "task": _task(source.float_model, graph, evaluation, golden),
             "artifacts": entries,
@@ -232,6 +240,11 @@ def _quantised(source: Source, calibration: Dataset | None, recipe: Recipe, say:
     assert source.float_model is not None
     if calibration is None:
         raise IsthmusError(f"{source.name}: a float model needs calibration data: --data FILE.npz, FILE.npy or a folder of images")
+    if recipe.qat_epochs:
+        if source.train is None:
+            without = "give the torch module (package.module:factory), or a recipe with qat_epochs = 0"
+            raise IsthmusError(f"{source.name}: recipe {recipe.name} trains with the rounding in place (qat_epochs), which a file cannot; {without}")
+        return source.train(calibration, recipe, say)
     return PostTraining(source.float_model, calibration, say).graph(recipe)
 
 
@@ -242,7 +255,9 @@ def _quantised_automatically(
         raise IsthmusError(f"{source.name} is int8 already: --recipe auto chooses how to quantise a float model")
     if calibration is None or evaluation is None:
         raise IsthmusError(f"{source.name}: --recipe auto needs samples, best with labels: --data FILE.npz, FILE.npy or a folder of images")
-    return climb(PostTraining(source.float_model, calibration, say), evaluation, base, max_drop, lambda graph: _problems(graph, jobs), say)
+    train = source.train
+    trained = None if train is None else lambda recipe: train(calibration, recipe, say)
+    return climb(PostTraining(source.float_model, calibration, say), evaluation, base, max_drop, lambda graph: _problems(graph, jobs), say, trained)
 
 
 def _problems(graph: QuantGraph, jobs: Sequence[_Job]) -> list[Problem]:

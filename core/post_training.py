@@ -13,6 +13,7 @@ import onnx
 
 from isthmus import reference
 from isthmus.dataset import Dataset
+from isthmus.errors import IsthmusError
 from isthmus.float_model import run_float
 from isthmus.graph import QuantGraph
 from isthmus.recipe import Recipe
@@ -42,6 +43,7 @@ class PostTraining:
         from isthmus.quantize.ranges import Calibration
 
         model, notes = self._model(recipe)
+        recipe = recipe.with_edges(self.layers()) if recipe.edge_weight_bits else recipe
         key = tuple(getattr(recipe, field) for field in MEASURED)
         if key not in self._ranges:
             from isthmus.quantize.onnx_ptq import calibrate
@@ -52,12 +54,26 @@ class PostTraining:
         assert isinstance(ranges, Calibration)
         graph = graph_from_ranges(model, ranges, recipe)
         notes += ranges.warnings
+        weights = None
+        if recipe.rounding != "nearest":
+            weights = self._weights(model, graph, recipe)
+            graph = graph_from_ranges(model, ranges, recipe, None, weights)
+            notes.append(f"rounding ({recipe.rounding}): the weights of {len(weights)} layers")
         if recipe.bias_correction:
             self.say("correcting biases", None)
             corrections = bias_corrections(model, graph, self.calibration.samples, recipe)
-            graph = graph_from_ranges(model, ranges, recipe, corrections)
+            graph = graph_from_ranges(model, ranges, recipe, corrections, weights)
             notes.append(f"bias correction: {len(corrections)} layers")
         return graph, notes
+
+    def _weights(self, model: onnx.ModelProto, graph: QuantGraph, recipe: Recipe) -> dict[str, np.ndarray]:
+        try:
+            from isthmus.quantize.rounding import learnt_weights
+        except ModuleNotFoundError as error:
+            raise IsthmusError(f"recipe {recipe.name}: rounding {recipe.rounding!r} needs {error.name}; pip install 'isthmus[train]', or use nearest") from None
+
+        self.say(f"rounding weights ({recipe.rounding})", None)
+        return learnt_weights(model, graph, self.calibration.samples, recipe)
 
     def layers(self) -> tuple[str, ...]:
         """The names of the layers with weights that int8 has, in order."""
@@ -98,10 +114,10 @@ def outputs_of(graph: QuantGraph, samples: Dataset) -> dict[str, np.ndarray]:
 
 
 def layer_sensitivity(quantiser: PostTraining, evaluation: Dataset, recipe: Recipe, metric: str, say: Say, spared: bool = True) -> Sensitivity:
-    """`recipe`'s own float islands stay float throughout; biases are not corrected, which would take longer than all the rest."""
+    """`recipe`'s own float islands stay float throughout; rounding is to the nearest and biases are not corrected: that would take longer than all the rest."""
     from isthmus.quantize.sensitivity import sensitivity
 
-    base = replace(recipe, bias_correction=False, qat_epochs=0)
+    base = replace(recipe, bias_correction=False, rounding="nearest", qat_epochs=0)
     layers = [name for name in quantiser.layers() if not base.keeps_float(name)]
 
     def outputs_with(kept_float: Collection[str]) -> dict[str, np.ndarray]:

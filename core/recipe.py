@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from importlib import resources
@@ -16,10 +17,11 @@ from isthmus.errors import IsthmusError
 
 SCHEMES = ("power_of_two", "symmetric", "asymmetric")
 OBSERVERS = ("minmax", "percentile", "mse")
+ROUNDINGS = ("nearest", "gptq", "learned")
 SCHEMA = 1
 WEIGHT_BITS = range(2, 9)
 # Written only where they say something: a form made before these fields existed keeps its bytes, and readers of that time take a new one without them.
-LATER_FIELDS = ("weight_bits", "overrides", "float_islands", "equalise", "bias_correction")
+LATER_FIELDS = ("weight_bits", "overrides", "float_islands", "equalise", "bias_correction", "rounding", "edge_weight_bits")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Recipe:
     - `float_islands`: patterns of layer names that stay float.
     - `equalise`: evens out the ranges of channels between layers first (an exact rewrite of the float model).
     - `bias_correction`: moves each bias by the mean error that int8 causes in its layer on the calibration data.
+    - `rounding`: of weights: to the "nearest" integer, or as "gptq" or a "learned" choice finds best on the calibration data.
+    - `edge_weight_bits`: `weight_bits` of the first and the last layer with weights (0: the same as the others).
     """
 
     name: str = "portable"
@@ -75,6 +79,8 @@ class Recipe:
     float_islands: tuple[str, ...] = ()
     equalise: bool = False
     bias_correction: bool = False
+    rounding: str = "nearest"
+    edge_weight_bits: int = 0
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -87,6 +93,11 @@ class Recipe:
             raise IsthmusError(f"recipe {self.name}: calibration_samples must be at least 1, qat_epochs at least 0, qat_learning_rate above 0")
         if self.weight_bits not in WEIGHT_BITS:
             raise IsthmusError(f"recipe {self.name}: weight_bits {self.weight_bits} is not between {WEIGHT_BITS[0]} and {WEIGHT_BITS[-1]}")
+        if self.edge_weight_bits and self.edge_weight_bits not in WEIGHT_BITS:
+            limits = f"{WEIGHT_BITS[0]} and {WEIGHT_BITS[-1]}"
+            raise IsthmusError(f"recipe {self.name}: edge_weight_bits {self.edge_weight_bits} is not between {limits} (0: as weight_bits)")
+        if self.rounding not in ROUNDINGS:
+            raise IsthmusError(f"recipe {self.name}: rounding {self.rounding!r} is not one of {', '.join(ROUNDINGS)}")
         for override in self.overrides:
             try:
                 replace(self, overrides=(), **override.values())
@@ -100,6 +111,11 @@ class Recipe:
             if fnmatchcase(name, override.layers):
                 values |= override.values()
         return replace(self, **values) if values else self
+
+    def with_edges(self, layers: Sequence[str]) -> Recipe:
+        """The recipe with `edge_weight_bits` as overrides of the first and the last of these layers, in front of its own, which win."""
+        edges = [Override(glob.escape(name), weight_bits=self.edge_weight_bits) for name in dict.fromkeys((*layers[:1], *layers[-1:]))]
+        return replace(self, overrides=(*edges, *self.overrides), edge_weight_bits=0)
 
     def keeps_float(self, name: str) -> bool:
         """Whether a layer stays float by its name."""

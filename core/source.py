@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 Say = Callable[[str, float | None], None]
+Train = Callable[[Dataset, Recipe, Say], tuple[QuantGraph, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Source:
     """A model as brought: `graph` where it is int8 already, else `float_model`; a network that was trained here with its rounding brings both.
 
     `calibration`, `selection` (what a choice among recipes may look at) and `evaluation` (what accuracy is reported on) are data that came
-    with the model (a zoo system's training, validation and test part), None for a user's file.
+    with the model (a zoo system's training, validation and test part), None for a user's file. `train` trains a torch module further with the
+    rounding in place, on samples and by a recipe with QAT epochs, into an int8 graph; None for a model that holds no module.
     """
 
     name: str
@@ -40,13 +42,20 @@ class Source:
     selection: Dataset | None = None
     evaluation: Dataset | None = None
     notes: tuple[str, ...] = ()
+    train: Train | None = None
 
 
-def load_source(model: Any, example_inputs: Any, shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, say: Say) -> Source:
+def load_source(
+    model: Any, example_inputs: Any, shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, say: Say, data_root: str | Path | None = None
+) -> Source:
     """Reads `model`: a path (.onnx, .pt2), "package.module:factory", "zoo:NAME[@PRESET]", a `torch.nn.Module`, an `onnx.ModelProto` or a `QuantGraph`.
+
+    A zoo system is trained on its data set's own files under `data_root`, or without it on what comes along.
 
     Raises `IsthmusError` where it is none of these, or cannot be read.
     """
+    if data_root is not None and not (isinstance(model, str) and model.startswith("zoo:")):
+        raise IsthmusError("--data-root is the folder of a zoo system's data set; give your own model's samples with --data")
     if isinstance(model, QuantGraph):
         return Source("graph", graph=model)
     if isinstance(model, onnx.ModelProto):
@@ -54,7 +63,7 @@ def load_source(model: Any, example_inputs: Any, shapes: Mapping[str, tuple[int,
     if isinstance(model, str | Path):
         text = str(model)
         if text.startswith("zoo:"):
-            return _from_zoo(text, recipe, say)
+            return _from_zoo(text, recipe, say, data_root)
         if text.endswith(".pt2"):
             from isthmus.export.module import onnx_from_pt2
 
@@ -97,7 +106,15 @@ def _from_module(module: torch.nn.Module, example_inputs: Any, name: str, shapes
             f"{name}: a module needs example inputs (isthmus.compile(module, example_inputs=...)), or a factory that returns (module, example_inputs)"
         )
     say("exporting the module to ONNX", None)
-    return _from_onnx(onnx_from_module(module, example_inputs), name, shapes)
+    exported = onnx_from_module(module, example_inputs)
+    inputs, outputs = ([value.name for value in values] for values in (exported.graph.input, exported.graph.output))
+
+    def train(data: Dataset, recipe: Recipe, tell: Say) -> tuple[QuantGraph, list[str]]:
+        from isthmus.module_training import as_examples, train_module
+
+        return train_module(module, as_examples(example_inputs), (inputs, outputs), data, recipe, tell)
+
+    return replace(_from_onnx(exported, name, shapes), train=train)
 
 
 def _from_factory(text: str) -> tuple[torch.nn.Module, Any]:
@@ -117,7 +134,7 @@ def _from_factory(text: str) -> tuple[torch.nn.Module, Any]:
     return made if isinstance(made, tuple) else (made, None)
 
 
-def _from_zoo(text: str, recipe: Recipe, say: Say) -> Source:
+def _from_zoo(text: str, recipe: Recipe, say: Say, data_root: str | Path | None) -> Source:
     from isthmus.zoo_source import zoo_source
 
-    return zoo_source(text, recipe, say)
+    return zoo_source(text, recipe, say, None if data_root is None else Path(data_root))

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
 
 from isthmus.dataset import Dataset
+from isthmus.module_training import train_module
 from isthmus.recipe import Recipe
 from isthmus.source import Say, Source
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from isthmus.graph import QuantGraph
+    from isthmus.train.data import Split
     from isthmus.train.loop import TrainResult
     from isthmus.train.zoo import Architecture, ZooSystem
 
@@ -24,8 +27,8 @@ INPUT, OUTPUT = "input", "output"  # the names export gives
 SPLIT_SEED = 0
 
 
-def zoo_source(reference: str, recipe: Recipe, say: Say) -> Source:
-    """Trains the system of "zoo:NAME[@PRESET]" from scratch with the recipe's seed.
+def zoo_source(reference: str, recipe: Recipe, say: Say, data_root: Path | None = None) -> Source:
+    """Trains the system of "zoo:NAME[@PRESET]" from scratch with the recipe's seed, on the data set's files under `data_root` or on what comes along.
 
     Training and calibration use the training part, the best epoch is chosen on the validation part, accuracy is reported on the test part.
     """
@@ -35,26 +38,27 @@ def zoo_source(reference: str, recipe: Recipe, say: Say) -> Source:
 
     architecture, preset = zoo.parse(reference)
     system = zoo.trainable(architecture)
-    split = system.data(SPLIT_SEED)
-    module = system.module(preset, recipe.seed)
-    trained = fit(module, split, replace(system.train, seed=recipe.seed), _progress("training", say))
+    split = system.data(SPLIT_SEED, preset, data_root)
+    module = system.network(preset, recipe.seed)
+    trained = fit(module, split, system.training(recipe.seed, preset), _progress("training", say))
     notes = [
-        f"{system.name}@{preset}: {len(split.x_train)} training, {len(split.x_val)} validation and {len(split.x_test)} test samples,"
+        f"{system.name}@{preset}: data {split.name}: {len(split.x_train)} training, {len(split.x_val)} validation and {len(split.x_test)} test samples,"
         f" split seed {SPLIT_SEED}, training seed {recipe.seed}",
         _told("float training", trained),
     ]
     graph = None
     if recipe.qat_epochs:
-        graph, note = _qat(system, preset, module, recipe, say)
+        graph, note = _qat(system, preset, module, split, recipe, say)
         notes.append(note)
     return Source(
         f"{system.name}@{preset}",
         float_model=prepare_float(_float_onnx(module, _example(system, preset)), {}),
         graph=graph,
-        calibration=Dataset({INPUT: split.x_train}, split.y_train, f"{system.name}: training part"),
-        selection=Dataset({INPUT: split.x_val}, split.y_val, f"{system.name}: validation part"),
-        evaluation=Dataset({INPUT: split.x_test}, split.y_test, f"{system.name}: test part"),
+        calibration=Dataset({INPUT: split.x_train}, split.y_train, f"{split.name}: training part"),
+        selection=Dataset({INPUT: split.x_val}, split.y_val, f"{split.name}: validation part"),
+        evaluation=Dataset({INPUT: split.x_test}, split.y_test, f"{split.name}: test part"),
         notes=tuple(notes),
+        train=lambda data, chosen, tell: train_module(module, [_example(system, preset)], ([INPUT], [OUTPUT]), data, chosen, tell),
     )
 
 
@@ -67,17 +71,16 @@ def untrained_onnx(reference: str) -> onnx.ModelProto:
     return onnx_from_module(system.module(preset), (_example(system, preset),), as_written=True)
 
 
-def _qat(system: ZooSystem, preset: str, module: nn.Module, recipe: Recipe, say: Say) -> tuple[QuantGraph, str]:
+def _qat(system: ZooSystem, preset: str, module: nn.Module, split: Split, recipe: Recipe, say: Say) -> tuple[QuantGraph, str]:
     from isthmus.export.to_graph import graph_from_qdq
     from isthmus.quantize import qat
     from isthmus.train.loop import fit
 
-    split = system.data(SPLIT_SEED)
     config = replace(system.train, epochs=recipe.qat_epochs, learning_rate=recipe.qat_learning_rate, seed=recipe.seed)
     results: list[TrainResult] = []
     example = _example(system, preset)
     progress = _progress("quantisation-aware training", say)
-    quantised = qat.quantise(module, example, split.x_train, recipe, lambda inner: results.append(fit(inner, split, config, progress)))
+    quantised = qat.quantise(module, example, split.x_train, recipe, lambda inner: results.append(fit(inner, split, config, progress, teacher=module)))
     return graph_from_qdq(qat.to_qcdq(quantised, example, [INPUT], [OUTPUT]), recipe), _told("quantisation-aware training", results[0])
 
 

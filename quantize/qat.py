@@ -11,6 +11,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ OPSET = 20  # the newest that torch's TorchScript exporter writes; Brevitas expo
 CALIBRATION_BATCH = 64
 BIAS_LIMIT = 2.0**28  # steps of a bias at calibration; training and the products it is added to have the rest of int32
 STEPS = 128  # Brevitas states a range as scale * 128 for signed 8 bits
+READ = ("weight_bits", "edge_weight_bits")  # of the fields that calibration knows, those that training has too
 SMALLEST_WEIGHT_SCALE = 2.0**-31  # of weights that are all zero; Brevitas' own floor is no power of two
 
 Tensors = Tensor | Sequence[Tensor]
@@ -81,7 +83,7 @@ def prepare(module: nn.Module, example_inputs: Tensors, recipe: Recipe) -> fx.Gr
     """
     if recipe.scheme == "asymmetric":
         raise IsthmusError(f"recipe {recipe.name}: a module is quantised in scheme power_of_two or symmetric, not asymmetric; or quantise its ONNX export")
-    unread = [field for field in LATER_FIELDS if getattr(recipe, field) != getattr(Recipe(), field)]
+    unread = [field for field in LATER_FIELDS if field not in READ and getattr(recipe, field) != getattr(Recipe(), field)]
     if unread:
         raise IsthmusError(f"recipe {recipe.name}: {unread[0]} is not for a module with its training; leave it out, or quantise the module's ONNX export")
     examples = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
@@ -231,9 +233,10 @@ def _run(prepared: fx.GraphModule, batch: Sequence[Tensor]) -> None:
 
 def _convert(prepared: fx.GraphModule, scales: dict[str, float], recipe: Recipe) -> None:
     """Observers become quantisers, layers become Brevitas' layers; the quantised tensor carries its scale to the layers alone (their biases need it)."""
-    for node in list(prepared.graph.nodes):
-        if node.op == "call_module" and isinstance(prepared.get_submodule(str(node.target)), COMPUTE):
-            _replace_layer(prepared, node, scales, recipe)
+    layers = [node for node in prepared.graph.nodes if isinstance(_called(prepared, node), COMPUTE)]
+    for node in layers:
+        bits = recipe.edge_weight_bits if node in (layers[0], layers[-1]) else 0
+        _replace_layer(prepared, node, scales, replace(recipe, weight_bits=bits or recipe.weight_bits))
     for name, scale in scales.items():
         prepared.add_submodule(name, _quant_identity(scale, recipe))
     for node in list(prepared.graph.nodes):
@@ -278,7 +281,8 @@ def _weight_scale_floor(layer: nn.Module, input_scale: float) -> float:
 
 
 def _quant_layer(layer: nn.Module, recipe: Recipe, floor: float) -> nn.Module:
-    weight_quant = _WEIGHTS[recipe.scheme, recipe.per_channel].let(scaling_min_val=floor * STEPS)
+    bits = recipe.weight_bits
+    weight_quant = _WEIGHTS[recipe.scheme, recipe.per_channel].let(bit_width=bits, scaling_min_val=floor * 2 ** (bits - 1))
     has_bias = isinstance(layer.bias, Tensor)
     bias_quant = Int32Bias if has_bias else None
     quantised: nn.Module

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.fx.node import map_arg
 
 from isthmus.errors import IsthmusError
 from isthmus.quantize.normalise import normalise
+from isthmus.user_line import user_line
 
 SAME = 1e-4  # what tracing and folding may change, as a share of the largest value
 
@@ -26,6 +26,7 @@ def trace(module: nn.Module, example_inputs: Sequence[Tensor]) -> fx.GraphModule
     does not run or cannot be traced (naming the line), `ProblemsError` listing every construct that the int8 form does not have.
     """
     name = type(module).__name__
+    _check_finite(module, name)
     module = copy.deepcopy(module).eval()
     doubled = [_doubled(example) for example in example_inputs]
     try:
@@ -33,18 +34,28 @@ def trace(module: nn.Module, example_inputs: Sequence[Tensor]) -> fx.GraphModule
             expected = _leaves(module(*(example.clone() for example in doubled)))
     except Exception as error:  # the user's own forward may raise anything
         shapes = ", ".join(str(list(example.shape)) for example in doubled)
-        raise IsthmusError(f"{name} does not run on samples of shape {shapes}: {_first_line(error)}{_place(error)}; give an example input that fits") from error
+        raise IsthmusError(
+            f"{name} does not run on samples of shape {shapes}: {_first_line(error)}{user_line(error, [__file__])}; give an example input that fits"
+        ) from error
     try:
         with torch.no_grad():
             graph = fx.GraphModule(module, _ShapeTracer(doubled).trace(module), name)
     except Exception as error:  # TraceError for control flow, TypeError and others for conversions of a traced value
-        raise IsthmusError(f"{name} cannot be traced: {_first_line(error)}{_place(error)}; write forward() without decisions on values") from error
+        raise IsthmusError(
+            f"{name} cannot be traced: {_first_line(error)}{user_line(error, [__file__])}; write forward() without decisions on values"
+        ) from error
     for node in graph.graph.nodes:
         value = node.meta.pop("value", None)
         node.meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
     normalise(graph, name)
     _check_same(graph, doubled, expected, name)
     return graph
+
+
+def _check_finite(module: nn.Module, name: str) -> None:
+    for path, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if not torch.isfinite(tensor).all():
+            raise IsthmusError(f"{name}: {path} holds NaN or infinity; train the module again, or load another checkpoint")
 
 
 def _doubled(example: Tensor) -> Tensor:
@@ -147,16 +158,6 @@ class _ShapeTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
-
-
-def _place(error: Exception) -> str:
-    trace, found = error.__traceback__, ""
-    while trace is not None:
-        file = Path(trace.tb_frame.f_code.co_filename)
-        if "torch" not in file.parts and file != Path(__file__):
-            found = f" ({file.name}:{trace.tb_lineno})"
-        trace = trace.tb_next
-    return found
 
 
 def _first_line(error: Exception) -> str:

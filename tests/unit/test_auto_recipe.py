@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_an_easy_network_takes_the_first_step() -> None:
     graph, notes = climbed(network(), 0.2)
     assert (graph.recipe.name, graph.recipe.observer, graph.recipe.per_channel, graph.recipe.float_islands) == ("auto", "minmax", False, ())
     assert notes[0] == ("recipe auto: agreement with the float model's decisions (the data has no labels), 1 for float, on 64 samples, at most 0.2 lower")
-    assert notes[1].startswith("tried power_of_two, ranges by min-max: ") and notes[1].endswith("dB: holds")
+    assert notes[1].startswith("tried power_of_two, ranges by min-max: ") and re.search(r"dB, \d+\.\d s: holds$", notes[1])
 
 
 def test_an_uneven_network_climbs_and_stops_at_the_first_that_holds() -> None:
@@ -123,7 +124,8 @@ def test_a_drop_that_is_no_share_is_refused(drop: float) -> None:
 
 
 def test_compile_climbs_and_says_so_in_the_manifest(tmp_path: Path) -> None:
-    bundle = isthmus.compile(network(spread=12.0), targets=["cpu", "rpi5"], data=samples(), recipe="auto", max_drop=0.05, output=tmp_path / "bundle")
+    bundle = isthmus.compile(network(spread=12.0), targets=["cpu", "rpi5"], data=samples(256), recipe="auto", max_drop=0.1, output=tmp_path / "bundle")
+    assert bundle.manifest["notes"][0] == "data: 128 samples learnt from, 128 others judged on (drawn with seed 0)"
     assert bundle.manifest["recipe"]["name"] == "auto"
     assert any(note.startswith("tried ") and note.endswith("holds") for note in bundle.manifest["notes"])
     assert all(row["passed"] for name in ("cpu", "rpi5") for row in bundle.artifact(name)["verification"])

@@ -25,7 +25,7 @@ from isthmus.pipeline import _tail_gain
 from isthmus.post_training import PostTraining, outputs_of
 from isthmus.profile import load_profile
 from isthmus.quantize.equalise import equalise
-from isthmus.recipe import Override, Recipe, load_recipe
+from isthmus.recipe import ROUNDINGS, Override, Recipe, load_recipe
 from isthmus.registry import load_target
 
 TOML = """
@@ -124,6 +124,17 @@ def test_a_recipe_without_the_later_fields_is_written_without_them() -> None:
     }
 
 
+def test_edge_bits_are_overrides_in_front_of_the_others() -> None:
+    recipe = Recipe(weight_bits=4, edge_weight_bits=8, overrides=(Override("last", weight_bits=6),))
+    resolved = recipe.with_edges(["first[0]", "middle", "last"])
+    assert [resolved.for_layer(name).weight_bits for name in ("first[0]", "middle", "last")] == [8, 4, 6]
+    assert resolved.edge_weight_bits == 0 and Recipe(weight_bits=4, edge_weight_bits=7).with_edges(["only"]).for_layer("only").weight_bits == 7
+    with pytest.raises(IsthmusError, match=r"edge_weight_bits 9 is not between 2 and 8 \(0: as weight_bits\)"):
+        Recipe(edge_weight_bits=9)
+    with pytest.raises(IsthmusError, match="rounding 'up' is not one of nearest, gptq, learned"):
+        Recipe(rounding="up")
+
+
 patterns = st.text(max_size=8)
 overrides = st.builds(
     Override,
@@ -137,7 +148,12 @@ overrides = st.builds(
 
 @given(
     st.builds(
-        Recipe, weight_bits=st.integers(2, 8), overrides=st.lists(overrides, max_size=3).map(tuple), float_islands=st.lists(patterns, max_size=3).map(tuple)
+        Recipe,
+        weight_bits=st.integers(2, 8),
+        edge_weight_bits=st.sampled_from([0, 2, 8]),
+        rounding=st.sampled_from(ROUNDINGS),
+        overrides=st.lists(overrides, max_size=3).map(tuple),
+        float_islands=st.lists(patterns, max_size=3).map(tuple),
     )
 )
 def test_any_recipe_survives_json(recipe: Recipe) -> None:
