@@ -45,7 +45,8 @@ def measure_by_loadgen(session: Session, feeds: Feeds, rules: Rules) -> Measurem
     conditions = host_conditions() | {"before": volatile_conditions()}
     for index in range(WARMUP_COUNT):
         session.run_raw(queue[index % len(queue)])
-    samples_ns, failures = array("q"), []
+    samples_ns = array("q")
+    failures: list[Exception] = []
     at_once = rules.samples_per_query if rules.scenario == MULTI_STREAM else 1  # of Offline's one huge query each run is timed
 
     def issue(query: list[Any]) -> None:

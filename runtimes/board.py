@@ -142,7 +142,7 @@ def sha256(file: str) -> str:
     return total.hexdigest()
 
 
-COMMANDS = {"look": look, "unpack": unpack, "wheel": wheel, "environment": environment}
+COMMANDS: dict = {"look": look, "unpack": unpack, "wheel": wheel, "environment": environment}
 
 
 def main(arguments: list) -> None:

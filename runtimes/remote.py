@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import isthmus
@@ -87,7 +88,7 @@ def measure_on(bundle: Bundle, profile: str, host: Host, arguments: Sequence[str
     say(f"{host.address}: verifying", None)
     code, reply = _json(host, [python, "-m", "isthmus.runtimes", "verify", folder, "-t", profile], COMMAND_TIMEOUT_S)
     if code != 0:
-        worst = next((row for row in reply.get("verification", []) if not row.get("passed")), {})
+        worst: dict[str, Any] = next((row for row in reply.get("verification", []) if not row.get("passed")), {})
         raise VerificationError(
             f"{profile} on {host.address}: {worst.get('tensor')!r} differs from the reference in {worst.get('mismatched')} of {worst.get('compared')} elements"
         )
