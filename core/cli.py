@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import isthmus
-from isthmus.commands import bundles, compiling, listing, models
+from isthmus.commands import bundles, compiling, listing, models, selecting
 from isthmus.errors import IsthmusError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="One verified int8 ONNX graph, every edge target.")
@@ -67,6 +67,7 @@ app.command()(bundles.run)
 app.command()(bundles.report)
 app.command()(models.cost)
 app.command()(models.sensitivity)
+app.command()(selecting.select)
 app.command("targets")(listing.targets_command)
 app.command()(listing.doctor)
 zoo.command("list")(listing.zoo_list)

@@ -4,13 +4,15 @@
 Conventions (`CONVENTIONS`): "mac" counts multiply-accumulates of convolutions and matrix products. "flop" counts 2 a MAC, and 1 an element
 for each bias, activation and addition, the kernel's size an output for pools, 2 an element for batch normalisation, 5 for softmax. "keras" is
 what TensorFlow's profiler reports (tensorflow/python/profiler/internal/flops_registry.py, read by keras-flops): like "flop", but no
-activation counts, and batch normalisation is 2 an element and 6 a channel. All count one run of the graph at its own batch size.
+activation counts, and batch normalisation is 2 an element and 6 a channel, as Keras 3 runs it: several operators that each have a rule. "keras2"
+is what the same profiler reports of a Keras 2 model, where batch normalisation is one fused operator (FusedBatchNormV3) without a rule: it counts 0.
+The graph cannot tell which Keras a paper used; its text or its figures can. All count one run of the graph at its own batch size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 import onnx
 from onnx import helper, inliner, numpy_helper, shape_inference
 
+from isthmus.best_order import Step, least_peak_bytes
 from isthmus.errors import IsthmusError
 from isthmus.graph import QuantGraph, QuantNode
 from isthmus.ops import OPS
@@ -26,6 +29,7 @@ CONVENTIONS = {
     "mac": "multiply-accumulates of convolutions and matrix products",
     "flop": "2 a MAC, 1 an element for bias, activation and addition, kernel size an output for pools",
     "keras": "TensorFlow profiler: 2 a MAC, 1 an element for bias and addition, kernel size an output for pools, activations 0",
+    "keras2": "as keras, but batch normalisation 0: in Keras 2 it is one fused operator, for which the profiler has no rule",
 }
 
 Shape = tuple[int, ...]
@@ -48,7 +52,11 @@ class NodeCost:
     share: float = 0.0
 
     def count(self, convention: str) -> int:
-        return _counted(self, convention)
+        """The figure in one of `CONVENTIONS`. Raises `IsthmusError` on an unknown one."""
+        if convention not in CONVENTIONS:
+            raise IsthmusError(f"unknown convention {convention!r}: there are {', '.join(CONVENTIONS)}")
+        fused = 0 if self.op == "BatchNormalization" else self.keras_flops
+        return {"mac": self.macs, "flop": self.flops, "keras": self.keras_flops, "keras2": fused}[convention]
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,8 @@ class Cost:
 
     `weight_bytes` is every constant the operators read (int8 weights and int32 biases in the form; scales are not counted).
     `activation_bytes` is the peak of live activations when the operators run in the graph's order: reshapes share their input's buffer, and
-    an element-wise operator writes over an input nobody else reads. `uncounted` names operators without a rule: their work is in no sum.
+    an element-wise operator writes over an input nobody else reads. `best_order_bytes` is the same in the order that needs the least, None where
+    there are too many orders to search. `uncounted` names operators without a rule: their work is in no sum.
     """
 
     macs: int
@@ -69,10 +78,13 @@ class Cost:
     buffers: int
     per_node: tuple[NodeCost, ...]
     uncounted: tuple[str, ...] = ()
+    best_order_bytes: int | None = None
 
     def count(self, convention: str) -> int:
         """The figure in one of `CONVENTIONS`. Raises `IsthmusError` on an unknown one."""
-        return _counted(self, convention)
+        if convention not in CONVENTIONS:
+            raise IsthmusError(f"unknown convention {convention!r}: there are {', '.join(CONVENTIONS)}")
+        return sum(row.count(convention) for row in self.per_node)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,12 +93,6 @@ class Cost:
     def from_json(cls, data: Mapping[str, Any]) -> Cost:
         nodes = tuple(NodeCost(**{**node, "output_shape": tuple(node["output_shape"])}) for node in data["per_node"])
         return cls(**{**data, "per_node": nodes, "uncounted": tuple(data["uncounted"])})
-
-
-def _counted(cost: Cost | NodeCost, convention: str) -> int:
-    if convention not in CONVENTIONS:
-        raise IsthmusError(f"unknown convention {convention!r}: there are {', '.join(CONVENTIONS)}")
-    return {"mac": cost.macs, "flop": cost.flops, "keras": cost.keras_flops}[convention]
 
 
 # ---- rules, on shapes alone, so that the float model and the form share them
@@ -197,7 +203,7 @@ _RULES: dict[str, Callable[[_Operator], Counts]] = {
     # Moves and conversions: bytes, no arithmetic that any of the conventions counts.
     **dict.fromkeys(VIEWS, _nothing),
     **dict.fromkeys(MOVES, _nothing),
-    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear", "Requantize"), _nothing),
+    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear", "Requantize", "Constant"), _nothing),
 }
 
 
@@ -213,7 +219,10 @@ def cost_of_graph(graph: QuantGraph) -> Cost:
         if counts is None:
             uncounted.append(f"{node.op} ({node.name})")
             counts = (0, 0, 0)
-        constants = [array for array in (node.weight, node.bias) if array is not None] + _trained(node.constants.values())
+        stored = node.op == "Constant"
+        constants = [array for array in (node.weight, node.bias) if array is not None] + (
+            list(node.constants.values()) if stored else _trained(node.constants.values())
+        )
         extra = math.prod(shape) if node.activation else 0
         rows.append(
             NodeCost(
@@ -226,10 +235,10 @@ def cost_of_graph(graph: QuantGraph) -> Cost:
                 2 * counts[0] + counts[1] + extra,
                 2 * counts[0] + counts[2],
                 sum(array.nbytes for array in constants),
-                sum(_activation_bytes(graph, name) for name in node.outputs),
+                0 if stored else sum(_activation_bytes(graph, name) for name in node.outputs),
             )
         )
-    return _summed(rows, uncounted, _peak_of_graph(graph))
+    return _summed(rows, uncounted, _peaks_of_graph(graph))
 
 
 def _counts_of_node(node: QuantNode, graph: QuantGraph) -> Counts | None:
@@ -257,13 +266,15 @@ def _activation_bytes(graph: QuantGraph, tensor: str) -> int:
     return spec.size * np.dtype(spec.dtype).itemsize
 
 
-def _peak_of_graph(graph: QuantGraph) -> int:
+def _peaks_of_graph(graph: QuantGraph) -> tuple[int, int | None]:
     """The float side of a quantised border is the caller's: an artifact takes and gives the raw int8 tensor."""
     inputs = {graph.raw_input(index) for index in range(len(graph.inputs))}
     outputs = {graph.raw_output(index) for index in range(len(graph.outputs))}
     outside = {spec.name for spec in (*graph.inputs, *graph.outputs)} - inputs - outputs
-    steps = [(node.op, node.inputs, node.outputs) for node in graph.nodes if not (set(node.inputs) | set(node.outputs)) & outside]
-    return _peak_bytes(steps, {name: _activation_bytes(graph, name) for name in graph.tensors}, inputs, outputs)
+    stored = {name for node in graph.nodes if node.op == "Constant" for name in node.outputs}  # weight bytes
+    nodes = [node for node in graph.nodes if node.op != "Constant" and not (set(node.inputs) | set(node.outputs)) & outside]
+    steps = [(node.op, tuple(name for name in node.inputs if name not in stored), node.outputs) for node in nodes]
+    return _peaks(steps, {name: _activation_bytes(graph, name) for name in graph.tensors}, inputs, outputs)
 
 
 # ---- a float model
@@ -295,7 +306,7 @@ def cost_of_onnx(model: onnx.ModelProto) -> Cost:
         rows.append(row)
     names = {value.name for value in graph.input} - set(constants)
     steps = [(node.op_type, tuple(name for name in node.input if name in widths), tuple(name for name in node.output if name in widths)) for node in graph.node]
-    return _summed(rows, uncounted, _peak_bytes(steps, widths, names, {value.name for value in graph.output}))
+    return _summed(rows, uncounted, _peaks(steps, widths, names, {value.name for value in graph.output}))
 
 
 def _row_of_onnx(node: onnx.NodeProto, name: str, shapes: Mapping[str, Shape], new: Sequence[np.ndarray], widths: Mapping[str, int]) -> NodeCost | None:
@@ -357,11 +368,19 @@ def _itemsize(value: onnx.ValueInfoProto) -> int:
 
 
 # ---- both
-def _summed(rows: Sequence[NodeCost], uncounted: Sequence[str], peak: int) -> Cost:
+def _summed(rows: Sequence[NodeCost], uncounted: Sequence[str], peaks: tuple[int, int | None]) -> Cost:
     total = sum(row.macs for row in rows)
     per_node = tuple(NodeCost(**{**asdict(row), "output_shape": row.output_shape, "share": row.macs / total if total else 0.0}) for row in rows)
     sums = {name: sum(getattr(row, name) for row in rows) for name in ("flops", "keras_flops", "weight_bytes", "parameters", "buffers")}
-    return Cost(macs=total, activation_bytes=peak, per_node=per_node, uncounted=tuple(uncounted), **sums)
+    return Cost(macs=total, activation_bytes=peaks[0], best_order_bytes=peaks[1], per_node=per_node, uncounted=tuple(uncounted), **sums)
+
+
+def _peaks(
+    steps: Sequence[tuple[str, Sequence[str], Sequence[str]]], sizes: Mapping[str, int], inputs: Collection[str], outputs: Collection[str]
+) -> tuple[int, int | None]:
+    """(in the graph's order, in the best order)."""
+    free = [Step(tuple(reads), tuple(writes), op in VIEWS, op in IN_PLACE) for op, reads, writes in steps]
+    return _peak_bytes(steps, sizes, inputs, outputs), least_peak_bytes(free, sizes, sorted(inputs), sorted(outputs))
 
 
 def _peak_bytes(steps: Sequence[tuple[str, Sequence[str], Sequence[str]]], sizes: Mapping[str, int], inputs: Iterable[str], outputs: Iterable[str]) -> int:

@@ -62,6 +62,7 @@ def cost_table(cost: Cost, convention: str, layers: bool) -> str:
         [f"FLOPs, convention '{convention}'", f"{cost.count(convention):,}"],
         ["weight bytes", f"{cost.weight_bytes:,}"],
         ["peak activation bytes", f"{cost.activation_bytes:,}"],
+        ["peak in the best order", f"{cost.best_order_bytes:,}" if cost.best_order_bytes is not None else "too many orders to search"],
     ]
     lines += [grid(["figure", "value"], totals), "", f"{convention}: {CONVENTIONS[convention]}"]
     if cost.uncounted:

@@ -14,7 +14,7 @@ from isthmus.console import Console
 
 def cost(
     model: Annotated[str, typer.Argument(metavar="MODEL|BUNDLE", help="A .onnx (float or int8) or a bundle.")],
-    convention: Annotated[str, typer.Option("--convention", help="How FLOPs are counted: mac, flop or keras.")] = "flop",
+    convention: Annotated[str, typer.Option("--convention", help="How FLOPs are counted: mac, flop, keras or keras2.")] = "flop",
     layers: Annotated[bool, typer.Option("--layers", help="One line a layer.")] = False,
     shape: Annotated[list[str] | None, typer.Option("--shape", help="NAME=1,3,224,224 for an input with dynamic dimensions.")] = None,
     as_json: Json = False,

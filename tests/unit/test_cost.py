@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,8 +12,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from isthmus.cost import CONVENTIONS, Cost, cost_of_graph, cost_of_onnx
+from isthmus.cost_model import cost_table
 from isthmus.errors import IsthmusError
 from isthmus.form_writer import FormWriter
+from isthmus.graph import QuantGraph
+from isthmus.ops import OPS
 from isthmus.recipe import Recipe
 
 
@@ -195,10 +199,21 @@ def test_depthwise_and_matmul_in_the_form():
     assert (softmax.flops, softmax.output_bytes) == (35, 28)
 
 
+def test_a_stored_operand_is_weight_not_activation():
+    writer = FormWriter()
+    x = writer.input("x", (1, 4, 5, 5), scale=1.0)
+    writer.output(writer.mul(x, writer.constant_int8("factor", np.ones((1, 4, 1, 1)), scale=1.0), scale=1.0), "y")
+    cost = cost_of_graph(writer.graph())
+    assert (cost.parameters, cost.weight_bytes, cost.activation_bytes, cost.macs, cost.flops) == (4, 4, 200, 0, 100)
+    assert [(row.op, row.parameters, row.output_bytes) for row in cost.per_node] == [("Constant", 4, 0), ("Mul", 0, 100)]
+    assert cost.uncounted == ()
+
+
 def test_conventions_are_named():
     cost = cost_of_graph(small_form())
-    assert {name: cost.count(name) for name in CONVENTIONS} == {"mac": cost.macs, "flop": cost.flops, "keras": cost.keras_flops}
-    with pytest.raises(IsthmusError, match="unknown convention 'gflops': there are mac, flop, keras"):
+    expected = {"mac": cost.macs, "flop": cost.flops, "keras": cost.keras_flops, "keras2": cost.keras_flops}
+    assert {name: cost.count(name) for name in CONVENTIONS} == expected
+    with pytest.raises(IsthmusError, match="unknown convention 'gflops': there are mac, flop, keras, keras2"):
         cost.count("gflops")
 
 
@@ -246,3 +261,137 @@ def test_transposed_convolution():
     cost = net.node("ConvTranspose", net.constant(4, 2, 3, 3), net.constant(2), strides=[2, 2]).cost()
     assert cost.per_node[0].output_shape == (1, 2, 17, 17)
     assert cost.macs == 4 * 8 * 8 * 2 * 9
+
+
+# ---- conventions
+@pytest.mark.parametrize("net", [network_a, lambda: blocks(3, [[8, 8]], 16, 4, "last")])
+def test_keras2_leaves_batch_normalisation_out_and_nothing_else(net):
+    """Where the papers differ: Keras 3 runs it as operators that count, Keras 2 as one that the profiler does not know."""
+    cost = net().cost()
+    normalised = [row for row in cost.per_node if row.op == "BatchNormalization"]
+    counted = sum(2 * int(np.prod(row.output_shape)) + 6 * row.output_shape[1] for row in normalised)
+    assert normalised and cost.count("keras") - cost.count("keras2") == counted
+    assert all(row.count("keras2") == 0 for row in normalised) and cost.count("keras2") == sum(row.count("keras2") for row in cost.per_node)
+
+
+# ---- every operator of the form
+MODELS = sorted((Path(__file__).parents[1] / "models").glob("*.onnx"))
+GRAPHS = {file.stem: QuantGraph.load(file) for file in MODELS}
+
+
+def test_every_operator_of_the_form_has_a_rule_and_a_model():
+    rows = {node.op for graph in GRAPHS.values() for node in graph.nodes if node.kind == "int8"}
+    assert rows == set(OPS)
+    assert {name: cost_of_graph(graph).uncounted for name, graph in GRAPHS.items() if cost_of_graph(graph).uncounted} == {}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_figures_of_every_model_fit_together(name):
+    graph = GRAPHS[name]
+    cost = cost_of_graph(graph)
+    nodes = {node.name: node for node in graph.nodes}
+    for row in cost.per_node:
+        node = nodes[row.name]
+        shape = graph.tensors[node.output].shape
+        if node.kind == "int8":
+            assert row.macs == OPS[node.op].macs(node, graph.tensors)
+        assert row.flops >= 2 * row.macs and row.keras_flops >= 2 * row.macs
+        if node.kind == "int8" and OPS[node.op].passes_scale and node.op not in ("MaxPool", "Relu", "Clip"):
+            assert (row.macs, row.flops, row.keras_flops) == (0, 0, 0), "moving values is no arithmetic"
+        if node.op in ("Sigmoid", "Tanh", "LeakyRelu", "PRelu", "HardSigmoid", "HardSwish", "Silu", "Mish", "Gelu", "Softplus", "Elu", "Relu", "Clip"):
+            assert (row.flops, row.keras_flops) == (int(np.prod(shape)), 0), "an activation is 1 an element, and nothing to Keras"
+        if node.op in ("Add", "Sub", "Mul") and not node.activation:
+            assert row.flops == row.keras_flops == int(np.prod(shape))
+    stored = {tensor for node in graph.nodes if node.op == "Constant" for tensor in node.outputs}
+    for node in graph.nodes:
+        if node.kind == "int8":
+            assert cost.activation_bytes >= sum(graph.tensors[tensor].size for tensor in {*node.inputs} - stored)
+    assert cost.best_order_bytes is not None and cost.best_order_bytes <= cost.activation_bytes
+    assert Cost.from_json(json.loads(json.dumps(cost.to_json()))) == cost
+
+
+def form_of(build, shape=(1, 4, 6, 6)):
+    w = FormWriter(recipe=Recipe())
+    w.output(build(w, w.input("x", shape, scale=2.0**-4)), "y")
+    return cost_of_graph(w.graph()).per_node[-1]
+
+
+# (what is built, MACs, "flop", "keras"), by hand, on an input [1, 4, 6, 6].
+BY_HAND = {
+    "conv_transpose": (lambda w, x: w.conv_transpose(x, np.ones((4, 2, 3, 3), np.int8), 0.25, scale=1.0, strides=(2, 2)), 144 * 18, 2 * 144 * 18, 2 * 144 * 18),
+    "resize_linear": (lambda w, x: w.resize_linear(x, (1, 4, 12, 12), scale=2.0**-4), 0, 576 * 4, 0),
+    "resize_nearest": (lambda w, x: w.resize_nearest(x, (1, 4, 12, 12)), 0, 0, 0),
+    "reduce_mean": (lambda w, x: w.reduce_mean(x, (1,), scale=2.0**-4), 0, 144, 144),
+    "average_pool": (lambda w, x: w.average_pool(x, (2, 3), (2, 3), scale=2.0**-4), 0, 4 * 6 * 6, 4 * 6 * 6),
+    "batch_matmul": (lambda w, x: w.batch_matmul(x, x, scale=1.0), 4 * 6 * 6 * 6, 2 * 4 * 216, 2 * 4 * 216),
+    "mul": (lambda w, x: w.mul(x, x, scale=1.0, activation="Relu"), 0, 288, 144),
+    "sub": (lambda w, x: w.sub(x, x, scale=2.0**-3), 0, 144, 144),
+    "mish": (lambda w, x: w.function("Mish", x, scale=2.0**-4), 0, 144, 0),
+    "p_relu": (lambda w, x: w.p_relu(x, np.full((4, 1, 1), 0.25), scale=2.0**-4), 0, 144, 0),
+    "pad": (lambda w, x: w.pad(x, (0, 0, 1, 1, 0, 0, 1, 1)), 0, 0, 0),
+    "depth_to_space": (lambda w, x: w.depth_to_space(x, 2), 0, 0, 0),
+    "requantize": (lambda w, x: w.requantize(x, scale=2.0**-2), 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_one_operator_by_hand(name):
+    build, macs, flops, keras = BY_HAND[name]
+    row = form_of(build)
+    assert (row.macs, row.flops, row.keras_flops) == (macs, flops, keras)
+
+
+def test_slopes_are_parameters():
+    assert form_of(lambda w, x: w.p_relu(x, np.full((4, 1, 1), 0.25), scale=2.0**-4)).parameters == 4
+
+
+# ---- float ONNX
+def float_cost(op, inputs, output, constants=(), opset=20, **attributes):
+    """One operator on float inputs of these shapes, and constants behind them."""
+    names = [f"x{index}" for index in range(len(inputs))]
+    stored = [numpy_helper.from_array(array, f"c{index}") for index, array in enumerate(constants) if array is not None]
+    held = [f"c{index}" if array is not None else "" for index, array in enumerate(constants)]
+    node = helper.make_node(op, [*names, *held], ["y"], "node", **attributes)
+    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in zip(names, inputs, strict=True)]
+    made = helper.make_graph([node], "net", given, [helper.make_tensor_value_info("y", TensorProto.FLOAT, output)], stored)
+    return cost_of_onnx(helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)])).per_node[0]
+
+
+ones = np.ones
+FLOAT = {
+    "Conv 1-D in groups": (("Conv", [(1, 6, 20)], (1, 4, 18), [ones((4, 3, 3), np.float32)]), {"group": 2}, 72 * 9, 2 * 72 * 9, 2 * 72 * 9),
+    "MatMul of two": (("MatMul", [(2, 3, 5), (2, 5, 7)], (2, 3, 7)), {}, 210, 420, 420),
+    "Gemm turned": (("Gemm", [(5, 3)], (3, 7), [ones((5, 7), np.float32), ones(7, np.float32)]), {"transA": 1}, 105, 231, 231),
+    "Resize linear": (("Resize", [(1, 2, 4, 4)], (1, 2, 8, 8), [None, None, np.array([1, 2, 8, 8])]), {"mode": "linear"}, 0, 128 * 4, 0),
+    "Resize nearest": (("Resize", [(1, 2, 4, 4)], (1, 2, 8, 8), [None, None, np.array([1, 2, 8, 8])]), {}, 0, 0, 0),
+    "GridSample": (("GridSample", [(1, 2, 4, 4), (1, 3, 3, 2)], (1, 2, 3, 3)), {}, 0, 72, 0),
+    "LayerNormalization": (("LayerNormalization", [(2, 6)], (2, 6), [ones(6, np.float32)]), {}, 0, 96, 96),
+    "Softmax": (("Softmax", [(2, 6)], (2, 6)), {}, 0, 60, 60),
+    "ReduceMean": (("ReduceMean", [(2, 6, 5)], (2, 1, 1), [np.array([1, 2])]), {}, 0, 60, 60),
+    "GlobalMaxPool": (("GlobalMaxPool", [(1, 3, 4, 4)], (1, 3, 1, 1)), {}, 0, 48, 48),
+    "Sum of three": (("Sum", [(2, 3)] * 3, (2, 3)), {}, 0, 12, 12),
+    "Erf": (("Erf", [(2, 3)], (2, 3)), {}, 0, 6, 0),
+    "Transpose": (("Transpose", [(2, 3)], (3, 2)), {"perm": [1, 0]}, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", FLOAT)
+def test_one_float_operator_by_hand(name):
+    call, attributes, macs, flops, keras = FLOAT[name]
+    row = float_cost(*call, **attributes)
+    assert (row.macs, row.flops, row.keras_flops) == (macs, flops, keras)
+
+
+# ---- the best order
+def test_branches_one_after_the_other_need_less():
+    """As exporters write it: both branches wide at once. In the best order one is narrow again before the other starts."""
+    w = FormWriter(recipe=Recipe())
+    x = w.input("x", (1, 2, 8, 8), scale=2.0**-4)
+    wide = [w.conv(x, np.ones((16, 2, 1, 1), np.int8), 2.0**-4, scale=2.0**-4) for _ in range(2)]
+    narrow = [w.conv(y, np.ones((2, 16, 1, 1), np.int8), 2.0**-4, scale=2.0**-4) for y in wide]
+    w.output(w.add(*narrow, scale=2.0**-4), "y")
+    cost = cost_of_graph(w.graph())
+    pixels = 64
+    assert cost.activation_bytes == (16 + 16 + 2) * pixels
+    assert cost.best_order_bytes == (2 + 16 + 2) * pixels
+    assert "1,280" in cost_table(cost, "mac", layers=False)

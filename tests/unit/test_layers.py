@@ -31,6 +31,7 @@ TOP = {
     "bench_bundle",
     "run_bundle",
     "layerwise",
+    "candidates",
     "report_bundle",
 }
 DEVICE = {"spec", "errors", "bundle", "session", "compare", "bench", "measurement", "conditions", "affinity", "loadgen"}  # what `runtimes` needs of the core: numpy alone

@@ -23,7 +23,7 @@ from isthmus.export.module import onnx_from_module
 from isthmus.recipe import load_recipe
 from isthmus.source import load_source
 from isthmus.train import zoo
-from isthmus.train.zoo import amfacpose
+from isthmus.train.zoo import amfacpose, medmnist
 
 
 def script() -> ModuleType:
@@ -53,7 +53,7 @@ def parameters(module: nn.Module) -> int:
 
 
 def test_every_preset_of_the_medmnist_tables_has_its_figures() -> None:
-    assert {f.reference for f in paper_costs.FIGURES if "medmnist" in f.reference} == {f"zoo:medmnist@{p}" for p in zoo.load("medmnist").presets}
+    assert {f.reference for f in paper_costs.FIGURES if "medmnist" in f.reference} == {f"zoo:medmnist@{p}" for p in medmnist.PAPER}
 
 
 @pytest.mark.parametrize("figure", [f for f in paper_costs.FIGURES if f.what == "parameters"], ids=lambda f: f.reference)
@@ -166,6 +166,8 @@ def test_cost_of_an_architecture() -> None:
 
 
 def test_an_architecture_cannot_be_compiled() -> None:
-    expected = r"zoo:medmnist holds the architecture alone, .* so it cannot be compiled; `isthmus cost zoo:medmnist` counts it, .*\(complete here: zoo:digits\)"
+    expected = (
+        r"zoo:covid_xai holds the architecture alone, .* so it cannot be compiled; `isthmus cost zoo:covid_xai` counts it, .*\(complete here: .*zoo:digits"
+    )
     with pytest.raises(IsthmusError, match=expected):
-        load_source("zoo:medmnist@path-a", None, {}, load_recipe("portable"), lambda text, share: None)
+        load_source("zoo:covid_xai@edge", None, {}, load_recipe("portable"), lambda text, share: None)
