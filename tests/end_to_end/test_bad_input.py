@@ -255,7 +255,7 @@ def test_bundle_and_run_mistakes(isthmus: Isthmus, place: Path) -> None:
     _refused(isthmus("run", place / "out", "-t", "cpu", "-i", place / "data.npz", "-i", "other=1"), r"other=1", place, names)
     _refused(isthmus("bench", place / "out", "--threads", "0"), r"threads: expected at least 1, found 0", place, names)
     _refused(isthmus("verify", place / "nowhere"), r"nowhere: no such bundle", place, names)
-    _refused(isthmus("cost", place / "out", "--convention", "gigaflop"), r"unknown convention 'gigaflop': there are mac, flop, keras", place, names)
+    _refused(isthmus("cost", place / "out", "--convention", "gigaflop"), r"unknown convention 'gigaflop': there are mac, flop, keras, keras2", place, names)
 
 
 def test_modules_that_cannot_be_had(isthmus: Isthmus, place: Path) -> None:

@@ -223,7 +223,7 @@ def test_every_profile_that_ships_loads_and_gives_a_source_for_each_figure() -> 
 def test_an_unknown_profile_lists_the_near_ones() -> None:
     with pytest.raises(IsthmusError, match=r"unknown profile 'jetson-orin-nan': did you mean jetson-orin-nano"):
         load_profile("jetson-orin-nan")
-    with pytest.raises(IsthmusError, match=r"unknown profile '../../x': there are cpu"):
+    with pytest.raises(IsthmusError, match=r"unknown profile '../../x': there are .*cpu"):
         load_profile("../../x")
 
 
