@@ -6,22 +6,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isthmus.errors import IsthmusError, Problem, ProblemsError
-from isthmus.graph import QuantGraph
 from isthmus.plan import BuildPlan, Step
 from isthmus.profile import Profile
 from isthmus.spec import TensorSpec
 from isthmus.target import Option, Target
 from isthmus.targets.hls4ml import simulation
 from isthmus.targets.hls4ml.folding import Folding, checked_choices, fold
+from isthmus.targets.hls4ml.hls_code import EXTENSION
 from isthmus.targets.hls4ml.layout import BORDER_LAYOUTS, border_shape
 from isthmus.targets.hls4ml.lower import OPERATORS, Lowered, lower
 from isthmus.targets.hls4ml.rules import choose_io_type, graph_problems
 from isthmus.targets.hls4ml.tail import TAIL_FILE, TAIL_OPERATORS, fpga_outputs, tail_file
 
+if TYPE_CHECKING:
+    from isthmus.graph import QuantGraph
+
 CONFIG_SCHEMA = 1
+BACKEND = "Vitis"  # the one whose code was compared with the reference
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Hls4mlTarget(Target):
     """power_of_two form -> QONNX -> hls4ml's Vitis project; its C simulation is the artifact, synthesis is planned for where the tool is."""
 
     def check(self, graph: QuantGraph, profile: Profile) -> list[Problem]:
-        problems = super().check(graph, profile)
+        problems = [*_backend_problems(profile), *super().check(graph, profile)]
         problems += graph_problems(graph)
         return problems or choose_io_type(graph, str(profile.defaults.get("io_type", "auto")))[1]
 
@@ -41,7 +45,7 @@ class Hls4mlTarget(Target):
         io_type, problems = choose_io_type(graph, options["io_type"])
         if problems:
             raise ProblemsError(self.name, problems)
-        lowered = lower(graph)
+        lowered = lower(graph, io_type)
         folding = fold(lowered.products, options["strategy"], options["reuse_factor"], dsp)
         raw = tuple(_border(graph.tensors[tensor]) for tensor in fpga_outputs(graph))
         tail = tail_file(graph, raw)
@@ -50,6 +54,8 @@ class Hls4mlTarget(Target):
                 simulation.QONNX_FILE: lowered.model,
                 simulation.CONFIG_FILE: _config(graph, lowered, folding, part, io_type, options["clock_ns"]),
                 simulation.SOURCE_FILE: simulation.SOURCE.encode(),
+                simulation.HEADER_FILE: simulation.HEADER.encode(),
+                simulation.EXTENSION_FILE: EXTENSION.encode(),
                 simulation.SYNTHESIS_FILE: simulation.SYNTHESIS.encode(),
                 **({TAIL_FILE: tail} if tail is not None else {}),
             },
@@ -73,7 +79,7 @@ def _steps() -> tuple[Step, ...]:
             (f"{project}/firmware/{simulation.PROJECT_NAME}.cpp", f"{project}/build_prj.tcl"),
             timeout_s=600,
         ),
-        Step("csim", simulation.COMPILE, "g++", (simulation.LIBRARY_FILE,)),
+        Step("csim", ("{python}", "-m", "isthmus.targets.hls4ml.compile_simulation"), "g++", (simulation.LIBRARY_FILE,)),
         Step(
             "synthesis",
             ("vitis_hls", "-f", simulation.SYNTHESIS_FILE),
@@ -83,6 +89,14 @@ def _steps() -> tuple[Step, ...]:
             timeout_s=24 * 3600,
         ),
     )
+
+
+def _backend_problems(profile: Profile) -> list[Problem]:
+    backend = profile.toolchain.get("backend", BACKEND)
+    if backend == BACKEND:
+        return []
+    found = f"{profile.board} needs hls4ml's {backend} backend, and isthmus writes projects for {BACKEND} only"
+    return [Problem(profile.name, "backend", found, "choose a board with an AMD part ('isthmus targets' lists them)")]
 
 
 def _board(profile: Profile) -> tuple[str, int]:
@@ -95,14 +109,14 @@ def _board(profile: Profile) -> tuple[str, int]:
 
 def _border(spec: TensorSpec) -> TensorSpec:
     """The raw border in the HLS project's layout: channels last."""
-    return replace(spec, shape=border_shape(spec.shape), layout=BORDER_LAYOUTS[len(spec.shape)])
+    return replace(spec, shape=border_shape(spec.shape), layout=BORDER_LAYOUTS.get(len(spec.shape), ""))
 
 
 def _config(graph: QuantGraph, lowered: Lowered, folding: Folding, part: str, io_type: str, clock_ns: float) -> bytes:
     layers = {name: {**layer, **folding.layers.get(name, {})} for name, layer in lowered.layers.items()}
     config = {
         "schema": CONFIG_SCHEMA,
-        "backend": "Vitis",
+        "backend": BACKEND,
         "part": part,
         "clock_ns": clock_ns,
         "io_type": io_type,

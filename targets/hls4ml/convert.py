@@ -17,7 +17,8 @@ from typing import Any
 import hls4ml
 import onnx
 
-from isthmus.targets.hls4ml.simulation import BUILD_OPTIONS, CONFIG_FILE, PROJECT_FOLDER, PROJECT_NAME, QONNX_FILE
+from isthmus.targets.hls4ml.extension import register
+from isthmus.targets.hls4ml.simulation import BUILD_OPTIONS, CONFIG_FILE, EXTENSION_FILE, PROJECT_FOLDER, PROJECT_NAME, QONNX_FILE
 
 # No layer may end with the default: it is one that no plan contains.
 DEFAULT_PRECISION = "ap_fixed<65,33>"
@@ -29,6 +30,7 @@ STAMP = "isthmus"
 
 def main() -> int:
     config = json.loads(Path(CONFIG_FILE).read_text(encoding="utf-8"))
+    register(config["backend"], Path(EXTENSION_FILE))
     model = converted(config, onnx.load(QONNX_FILE))
     problems = [*type_problems(model, config["layers"]), *border_problems(model, config)]
     for problem in problems:

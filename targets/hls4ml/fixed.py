@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from isthmus.graph import QuantNode
+if TYPE_CHECKING:
+    from isthmus.graph import QuantNode
+
 
 INT8_LOW, INT8_HIGH = -128, 127
 # Narrower than this, hls4ml picks other multipliers (binary, ternary) whose result types it does not derive from ours.
@@ -90,8 +93,8 @@ def exact_weights(node: QuantNode, input_scale: float) -> Weights:
     values = node.weight.astype(np.int64) * shifts.reshape(along)
     bias = np.zeros(outputs, np.int64) if node.bias is None else node.bias.astype(np.int64) * shifts
     fraction = fraction_bits(input_scale) + finest
-    spread = int(shifts.max()).bit_length() - 1
-    return Weights(values, bias, Fixed(8 + spread, finest), holding(int(bias.min()), int(bias.max()), fraction), _accumulator(values, bias, channel, fraction))
+    weight_type = holding(int(values.min()), int(values.max()), finest)
+    return Weights(values, bias, weight_type, holding(int(bias.min()), int(bias.max()), fraction), _accumulator(values, bias, channel, fraction))
 
 
 def _accumulator(values: np.ndarray, bias: np.ndarray, channel: int, fraction: int) -> Fixed:
@@ -104,11 +107,16 @@ def _accumulator(values: np.ndarray, bias: np.ndarray, channel: int, fraction: i
 
 
 def sum_type(*scales: float) -> Fixed:
-    """Holds the exact sum of int8 activations of these scales."""
+    """Holds the exact sum, and any difference, of int8 activations of these scales."""
     fractions = [fraction_bits(scale) for scale in scales]
     finest = max(fractions)
     steps = sum(1 << (finest - fraction) for fraction in fractions)
-    return holding(INT8_LOW * steps, INT8_HIGH * steps, finest)
+    return holding(INT8_LOW * steps, -INT8_LOW * steps - 1, finest)
+
+
+def product_type(terms: int, first: float, second: float) -> Fixed:
+    """Holds any sum of up to `terms` products of int8 activations of these two scales."""
+    return holding(INT8_LOW * INT8_HIGH * terms, INT8_LOW * INT8_LOW * terms, fraction_bits(first) + fraction_bits(second))
 
 
 def average_type(cells: int, input_scale: float, output_scale: float) -> Fixed:

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
-from isthmus.graph import QuantGraph, QuantNode
 from isthmus.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from isthmus.graph import QuantGraph, QuantNode
 
 TAIL_FILE = "host_tail.json"
 TAIL_SCHEMA = 1

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from isthmus.graph import QuantNode
+from isthmus.kernels import conv_like_weight
+from isthmus.targets.hls4ml.kernels import constant_source
+
+if TYPE_CHECKING:
+    from isthmus.graph import QuantNode
 
 
 def two_axes(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,6 +51,34 @@ def dense_kernel(values: np.ndarray, dilations: Sequence[int], group: int) -> np
     return dense
 
 
+def as_convolution(node: QuantNode) -> QuantNode:
+    """A ConvTranspose as the Conv, without stride and padding, that reads `stuffed_places`: the kernel turned around, a scale a filter."""
+    assert node.weight is not None and node.weight_scale is not None
+    group = int(node.attributes["group"])
+    rows = conv_like_weight(node.weight, group)
+    scale = np.tile(node.weight_scale, group) if node.weight_scale.size > 1 else node.weight_scale
+    rank = node.weight.ndim - 2
+    attributes = {"strides": [1] * rank, "pads": [0] * (2 * rank), "dilations": node.attributes["dilations"], "group": group}
+    return replace(node, op="Conv", weight=np.flip(rows, axis=tuple(range(2, 2 + rank))), weight_scale=scale, attributes=attributes)
+
+
+def stuffed_places(node: QuantNode, source: Sequence[int], target: Sequence[int]) -> np.ndarray:
+    """What that Conv reads, as places (rows, columns, channels) in the HLS array of `source`: zeros between its values and around them."""
+    attributes = two_axes(node.attributes)
+    assert node.weight is not None
+    spaces = [[1] * (4 - len(shape)) + [int(extent) for extent in shape[2:]] for shape in (source, target)]
+    kernel = [1] * (4 - node.weight.ndim) + [int(extent) for extent in node.weight.shape[2:]]
+    lines = []
+    for axis in range(2):
+        reach = (kernel[axis] - 1) * attributes["dilations"][axis]
+        position = np.arange(spaces[1][axis] + reach) - (reach - attributes["pads"][axis])
+        index, rest = position // attributes["strides"][axis], position % attributes["strides"][axis]
+        lines.append(np.where((rest == 0) & (index >= 0) & (index < spaces[0][axis]), index, -1))
+    rows, columns, channels = lines[0][:, None, None], lines[1][None, :, None], np.arange(source[1])[None, None, :]
+    places = (rows * spaces[0][1] + columns) * source[1] + channels
+    return np.where((rows >= 0) & (columns >= 0), places, constant_source(np.array(0)))
+
+
 @dataclass(frozen=True)
 class PoolWindow:
     """A 2-D pool without ceil_mode: `pads` reach as far as the last window does."""
@@ -72,3 +104,8 @@ def pool_window(node: QuantNode, source: Sequence[int], target: Sequence[int]) -
         overhang = overhang or needed > pads[axis + 2]
         pads[axis + 2] = max(pads[axis + 2], needed)
     return PoolWindow(kernel, strides, pads, bool(attributes.get("count_include_pad", 0)) and any(pads), overhang)
+
+
+def streams_natively(window: PoolWindow) -> bool:
+    """Whether hls4ml's own pool of a stream is right: with overlap or padding it stops at an assertion or computes something else."""
+    return not any(window.pads) and window.kernel == window.strides

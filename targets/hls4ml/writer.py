@@ -14,11 +14,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from isthmus.graph import IR_VERSION, OPSET
 from isthmus.targets.hls4ml.fixed import Fixed
+from isthmus.targets.hls4ml.kernels import Kernel
 
 CHANNELS_LAST = "qonnx.custom_op.channels_last"
 QUANT = "qonnx.custom_op.general"
+# Of our own: a layer whose HLS code is in `hls_code`, made known to hls4ml by `extension`.
+KERNEL_DOMAIN = "isthmus"
+KERNEL = "IsthmusKernel"
 
 
 class QonnxWriter:
@@ -45,12 +48,17 @@ class QonnxWriter:
         self._outputs.append(helper.make_tensor_value_info(result, TensorProto.FLOAT, list(shape)))
 
     # ---- nodes
-    def node(self, op: str, inputs: Sequence[str], name: str, shape: Sequence[int], *, domain: str = "", **attributes: Any) -> str:
+    def node(self, op: str, inputs: Sequence[str], name: str, result_shape: Sequence[int], *, domain: str = "", **attributes: Any) -> str:
         """A node and the shape of its one result, whose name is returned."""
         result = f"{name}_out"
         self._nodes.append(helper.make_node(op, list(inputs), [result], name=name, domain=domain, **attributes))
-        self._inform(result, shape)
+        self._inform(result, result_shape)
         return result
+
+    def kernel(self, kernel: Kernel, inputs: Sequence[str], name: str, shape: Sequence[int], result: Fixed) -> str:
+        """A layer of our own: `shape` has the batch, as everywhere."""
+        self.layer(name, result=result)
+        return self.node(KERNEL, inputs, name, shape, domain=KERNEL_DOMAIN, kernel=kernel.function, body=kernel.body, shape=list(shape[1:]))
 
     def quant(self, value: str, name: str, of: Fixed, shape: Sequence[int], inform: bool = True) -> str:
         """A `Quant` node: `of` as QONNX says it. hls4ml turns it into a cast, or drops it where the value has that type already."""
@@ -78,8 +86,10 @@ class QonnxWriter:
         self.layers[name] = {"Precision": {key: str(value) for key, value in precision.items()}, "Trace": False}
 
     def model(self, name: str) -> bytes:
+        from isthmus.graph import IR_VERSION, OPSET  # the steps of the plan, which import this module, need no onnx_ir: a third of a second
+
         graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, self._constants, value_info=self._shapes)
-        opsets = [helper.make_opsetid(domain, version) for domain, version in (("", OPSET), (CHANNELS_LAST, 1), (QUANT, 1))]
+        opsets = [helper.make_opsetid(domain, version) for domain, version in (("", OPSET), (CHANNELS_LAST, 1), (QUANT, 1), (KERNEL_DOMAIN, 1))]
         model = helper.make_model(graph, opset_imports=opsets, producer_name="isthmus", ir_version=IR_VERSION)
         return model.SerializeToString(deterministic=True)
 

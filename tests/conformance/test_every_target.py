@@ -27,19 +27,22 @@ FUNCTIONS = frozenset(
 ARITHMETIC = frozenset({"ConvTranspose", "BatchMatMul", "Sub", "Mul", "ReduceMean", "ResizeLinear"})
 MOVES = frozenset({"Split", "Slice", "Pad", "Transpose", "Squeeze", "Unsqueeze", "Expand", "DepthToSpace", "SpaceToDepth", "Gather", "ResizeNearest"})
 ISLANDS = frozenset({"ArgMax", "Cast", "GridSample"})
+CONSTANTS = frozenset({"Constant"})
 NOT_LOWERED: dict[str, frozenset[str]] = {
-    "cpu": FUNCTIONS | ARITHMETIC | MOVES | ISLANDS,
-    "rpi5": FUNCTIONS | ARITHMETIC | MOVES | ISLANDS | {"LayerNormalization"},
+    "cpu": frozenset(),
+    "rpi5": frozenset(),
     "null": frozenset(),
-    "jetson-orin-nano": FUNCTIONS | ARITHMETIC | MOVES | ISLANDS,
-    "pynq-z2": FUNCTIONS | ARITHMETIC | MOVES | ISLANDS | {"LayerNormalization"},
+    "jetson-orin-nano": frozenset(),
+    "pynq-z2": ISLANDS | {"LayerNormalization"},
 }
 SCHEMES = {"cpu": "power_of_two symmetric asymmetric", "rpi5": "power_of_two symmetric asymmetric", "null": "power_of_two symmetric asymmetric"} | {
     "jetson-orin-nano": "power_of_two symmetric",
     "pynq-z2": "power_of_two",
 }
 # What else a target refuses, and by which rule. A model that is in none of these tables must become an artifact.
-REFUSED: dict[str, dict[str, str]] = {"cpu": {}, "rpi5": {}, "null": {}, "jetson-orin-nano": {}, "pynq-z2": {"softmax_island": "float-tail"}}
+REFUSED: dict[str, dict[str, str]] = {"cpu": {}, "rpi5": {}, "null": {}, "jetson-orin-nano": {}} | {
+    "pynq-z2": {"softmax_island": "float-tail"},
+}
 
 
 def _refusal(profile: str, name: str, graph: QuantGraph) -> str | None:
