@@ -253,7 +253,7 @@ def test_bundle_and_run_mistakes(isthmus: Isthmus, place: Path) -> None:
     _refused(isthmus("run", place / "out", "-t", "rpi5", "-i", place / "x.npy"), r"no artifact for 'rpi5', there are cpu", place, names)
     _refused(isthmus("run", place / "out", "-t", "cpu", "-i", place / "y.npy"), r"y\.npy: no such", place, names)
     _refused(isthmus("run", place / "out", "-t", "cpu", "-i", place / "data.npz", "-i", "other=1"), r"other=1", place, names)
-    _refused(isthmus("bench", place / "out", "--threads", "0"), r"threads: expected at least 1, found 0", place, names)
+    _refused(isthmus("bench", place / "out", "--threads", "0"), r"threads must be above 0, found 0", place, names)
     _refused(isthmus("verify", place / "nowhere"), r"nowhere: no such bundle", place, names)
     _refused(isthmus("cost", place / "out", "--convention", "gigaflop"), r"unknown convention 'gigaflop': there are mac, flop, keras, keras2", place, names)
 

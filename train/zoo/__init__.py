@@ -10,7 +10,8 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isthmus.errors import IsthmusError
@@ -57,15 +58,35 @@ class Architecture:
             return self.build(self.configuration(preset))
 
 
+def _whole(module: nn.Module) -> nn.Module:
+    return module
+
+
 @dataclass(frozen=True)
 class ZooSystem(Architecture):
     """A network with its data and its training: what `isthmus compile zoo:NAME` takes.
 
-    `data(seed)`: the samples. `train`: how the float network is trained (a recipe sets epochs and learning rate of QAT).
+    - `load_data(configuration, seed, root)`: the samples, from the data set's own files under `root`, or without it what comes along (real or synthetic).
+    - `train`: how the float network is trained (a recipe sets epochs and learning rate of QAT); `train_presets` for presets that need another way.
+    - `deployed(module)`: the part that is trained and brought to a device, sharing the module's weights; its output are class scores before a softmax.
     """
 
-    data: Callable[[int], Split]
+    load_data: Callable[[Any, int, Path | None], Split]
     train: TrainConfig
+    deployed: Callable[[nn.Module], nn.Module] = _whole
+    train_presets: Mapping[str, TrainConfig] = field(default_factory=dict)
+
+    def data(self, seed: int = 0, preset: str = "", root: Path | None = None) -> Split:
+        """The samples of a preset; see `load_data`."""
+        return self.load_data(self.configuration(preset), seed, root)
+
+    def network(self, preset: str = "", seed: int = 0) -> nn.Module:
+        """A new network as it is trained: the deployed part of `module(preset, seed)`."""
+        return self.deployed(self.module(preset, seed))
+
+    def training(self, seed: int = 0, preset: str = "") -> TrainConfig:
+        """How the float network of a preset is trained."""
+        return replace(self.train_presets.get(preset or self.default_preset, self.train), seed=seed)
 
 
 def names() -> list[str]:

@@ -52,6 +52,6 @@ SYSTEM = ZooSystem(
     presets={"c2": Config(blocks=((8, 8), (16, 16))), "nano": Config(blocks=((4, 4), (8, 8)))},
     build=DigitsNet,
     input_shape=lambda config: (1, config.input_channels, config.image_size, config.image_size),
-    data=data.load,
+    load_data=lambda config, seed, root: data.load(seed),  # the scans come with scikit-learn: no folder
     train=TrainConfig(epochs=40, batch_size=64, learning_rate=1e-2),
 )

@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The custom CNNs of "Lightweight Neural Network Ensemble Models for Medical Image Classification with MedMNIST Dataset", tables 2 and 4.
 
-31 networks: families A, B, C and D for three data sets of 28x28 images. A grayscale image comes replicated to three channels.
+31 networks: families A, B, C and D for three data sets of 28x28 images. A grayscale image comes replicated to three channels, as the paper counts them.
+Beside them C2 for other sets and reduced sizes for FPGAs: these take one channel, which is the same network with the three kernels summed.
+
+Where the paper feeds 0..255, samples are (pixel - 128) / 128: an affine change the first layer learns, and exact in int8 under every scheme.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
 
-from isthmus.train.zoo import Architecture
+from isthmus.train.data import Split, medmnist, mnist
+from isthmus.train.loop import TrainConfig
+from isthmus.train.zoo import ZooSystem
 
 
 @dataclass(frozen=True)
@@ -20,12 +26,15 @@ class Config:
     """`blocks` holds the filters of each 3x3 convolution, block by block; a block ends in a 2x2 max pool.
 
     `norm`: where batch normalisation stands (between a convolution and its ReLU). `hidden`: widths of the dense layers before the last one.
+    `average`: the mean of each channel goes to the dense layers, in place of every pixel.
     """
 
     blocks: tuple[tuple[int, ...], ...]
     norm: Literal["none", "last of block", "every"]
     hidden: tuple[int, ...]
+    dataset: str
     classes: int
+    average: bool = False
     input_channels: int = 3
     image_size: int = 28
 
@@ -46,6 +55,9 @@ class MedMnistNet(nn.Module):
                 channels = width
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
             size = -(-size // 2)
+        if config.average:
+            layers.append(nn.AdaptiveAvgPool2d(1))
+            size = 1
         self.features = nn.Sequential(*layers)
         head: list[nn.Module] = []
         units = channels * size * size
@@ -55,7 +67,7 @@ class MedMnistNet(nn.Module):
         self.head = nn.Sequential(*head, nn.Linear(units, config.classes))
 
     def logits(self, image: Tensor) -> Tensor:
-        """(N, 3, 28, 28), raw 0..255, as (N, classes)."""
+        """(N, channels, 28, 28) as (N, classes)."""
         return self.head(self.features(image).flatten(1))
 
     def forward(self, image: Tensor) -> Tensor:
@@ -65,36 +77,76 @@ class MedMnistNet(nn.Module):
 
 _PAIRS = ((32, 32), (64, 64), (128, 128), (256, 256))  # Diniz; DaSilva on OrganAMNIST
 _TRIPLES = ((32, 32, 64), (64, 128, 128), (256, 256, 512))  # DaSilva
-_CLASSES = {"path": 9, "organa": 11, "oct": 4}
+_DATA = {"path": "pathmnist", "organa": "organamnist", "oct": "octmnist", "pneumonia": "pneumoniamnist", "breast": "breastmnist", "mnist": "mnist"}
+
+
+def _classes(dataset: str) -> int:
+    return len(mnist.CLASSES if dataset == "mnist" else medmnist.DATA_SETS[dataset].classes)
+
+
+def _config(dataset: str, blocks: tuple[tuple[int, ...], ...], norm: Literal["none", "last of block", "every"], *hidden: int) -> Config:
+    return Config(blocks, norm, hidden, _DATA[dataset], _classes(_DATA[dataset]))
 
 
 def _family(dataset: str, letter: str) -> list[Config]:
     """The networks `letter`1, `letter`2, ... of a data set: the first blocks of the largest one, with the same head."""
-    classes = _CLASSES[dataset]
     if letter == "b":
-        return [Config(_PAIRS[: k + 1], "none", (256,), classes) for k in range(4)]
+        return [_config(dataset, _PAIRS[: k + 1], "none", 256) for k in range(4)]
     if letter == "d":
-        return [Config(_TRIPLES[: k + 1], "every", (256,), classes) for k in range(3)]
+        return [_config(dataset, _TRIPLES[: k + 1], "every", 256) for k in range(3)]
     if dataset == "organa":
-        return [Config(_PAIRS[: k + 1], "last of block", (64,), classes) for k in range(4)]
+        return [_config(dataset, _PAIRS[: k + 1], "last of block", 64) for k in range(4)]
     if dataset == "oct":
-        return [Config(_TRIPLES[: k + 1], "last of block", (64,), classes) for k in range(3)]
-    return [Config(_TRIPLES[: k + 1], "none", (128,), classes) for k in range(3)]
+        return [_config(dataset, _TRIPLES[: k + 1], "last of block", 64) for k in range(3)]
+    return [_config(dataset, _TRIPLES[: k + 1], "none", 128) for k in range(3)]
 
 
-def _presets() -> Mapping[str, Config]:
+def _paper_presets() -> Mapping[str, Config]:
     """The smallest network comes first, as the default; then A, then by data set and family."""
-    families = {(dataset, letter): _family(dataset, letter) for dataset in _CLASSES for letter in "bcd"}
+    families = {(dataset, letter): _family(dataset, letter) for dataset in ("path", "organa", "oct") for letter in "bcd"}
     named = {f"{dataset}-{letter}{k}": config for (dataset, letter), configs in families.items() for k, config in enumerate(configs, 1)}
-    adjei = Config(((32, 64, 128, 128, 64),), "every", (64, 64), _CLASSES["path"])
+    adjei = _config("path", ((32, 64, 128, 128, 64),), "every", 64, 64)
     return {"organa-c2": named["organa-c2"], "path-a": adjei} | named
 
 
-SYSTEM = Architecture(
+def _grey_c2(dataset: str) -> Config:
+    """OrganAMNIST's C2 for another grey data set."""
+    return replace(_config(dataset, _PAIRS[:2], "last of block", 64), input_channels=1)
+
+
+def _fpga_presets() -> Mapping[str, Config]:
+    """A quarter of the filters. Behind an average the weights of the largest layer drop from 12,544 to 2,304 (C2)."""
+    quarter = replace(_config("organa", ((8, 8), (16, 16)), "last of block", 16), input_channels=1)
+    averaged = replace(quarter, hidden=(), average=True)
+    return {
+        "organa-c2-quarter": quarter,
+        "organa-c2-quarter-average": averaged,
+        "organa-c3-quarter-average": replace(averaged, blocks=((8, 8), (16, 16), (32, 32))),
+        "organa-nano": replace(averaged, blocks=((4, 4), (8, 8))),
+    }
+
+
+def _data(config: Config, seed: int, root: Path | None) -> Split:
+    if config.dataset == "mnist":
+        return mnist.load(root, config.input_channels, seed)
+    return medmnist.load(config.dataset, root, config.input_channels, seed)
+
+
+def _scores(module: nn.Module) -> nn.Module:
+    assert isinstance(module, MedMnistNet)
+    return nn.Sequential(module.features, nn.Flatten(1), module.head)
+
+
+PAPER = _paper_presets()
+SYSTEM = ZooSystem(
     name="medmnist",
     summary="custom CNNs for 28x28 medical images, members of averaging ensembles",
     paper="Prvan, Music, Coko, Kristic: Lightweight Neural Network Ensemble Models for Medical Image Classification with MedMNIST Dataset",
-    presets=_presets(),
+    presets={**PAPER, **{f"{dataset}-c2": _grey_c2(dataset) for dataset in ("pneumonia", "breast", "mnist")}, **_fpga_presets()},
     build=MedMnistNet,
     input_shape=lambda config: (1, config.input_channels, config.image_size, config.image_size),
+    load_data=_data,
+    train=TrainConfig(epochs=5, batch_size=64, learning_rate=2e-3),
+    train_presets=dict.fromkeys(_fpga_presets(), TrainConfig(epochs=15, batch_size=64, learning_rate=1e-2)),
+    deployed=_scores,  # softmax and the mean over an ensemble's members are the host's: `isthmus.train.ensemble`
 )
