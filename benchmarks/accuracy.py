@@ -208,9 +208,11 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds pneumoniamnist.npz and MNIST's files, or folders pneumoniamnist and mnist")
     parser.add_argument("--work", type=Path, default=Path("accuracy-work"), help="finished cells and trained weights")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", metavar="DATA", choices=sorted({case.data for case in CASES}), help="one data set's rows; several may run at once")
     given = parser.parse_args()
+    cases = tuple(case for case in CASES if given.only in (None, case.data))
     try:
-        found = rows(given.data, given.work, given.seeds)
+        found = rows(given.data, given.work, given.seeds, cases)
     except isthmus.IsthmusError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
