@@ -11,6 +11,7 @@ import typer
 
 import isthmus
 from isthmus.commands import bundles, compiling, listing, models, selecting
+from isthmus.commands import zoo as zoo_commands
 from isthmus.errors import IsthmusError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="One verified int8 ONNX graph, every edge target.")
@@ -70,7 +71,9 @@ app.command()(models.sensitivity)
 app.command()(selecting.select)
 app.command("targets")(listing.targets_command)
 app.command()(listing.doctor)
-zoo.command("list")(listing.zoo_list)
+zoo.command("list")(zoo_commands.zoo_list)
+zoo.command("show")(zoo_commands.zoo_show)
+zoo.command("train")(zoo_commands.zoo_train)
 
 
 if __name__ == "__main__":

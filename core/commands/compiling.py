@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from isthmus.commands.options import Force, Json, Output, Targets, pair, print_json, shapes, shown
+from isthmus.commands.options import DataRoot, Force, Json, Output, Targets, pair, print_json, shapes, shown
 from isthmus.console import Console
 
 DEMO_TARGETS = ["cpu", "rpi5", "jetson-orin-nano", "pynq-z2"]
@@ -27,7 +27,7 @@ def demo(
     from isthmus.recipe import load_recipe
 
     recipe = replace(load_recipe("portable-qat"), seed=seed)
-    _compile("zoo:digits", output, as_json, bench=True, targets=targets or DEMO_TARGETS, recipe=recipe, force=force)
+    _compile("zoo:digits", output, as_json, tune=False, bench=True, targets=targets or DEMO_TARGETS, recipe=recipe, force=force)
 
 
 def compile_command(
@@ -36,10 +36,14 @@ def compile_command(
     data: Annotated[Path | None, typer.Option("--data", help="Calibration samples: .npz, .npy or a folder of images.")] = None,
     recipe: Annotated[str, typer.Option("--recipe", help="How to quantise: a name, a .toml file, or auto.")] = "portable",
     max_drop: Annotated[float | None, typer.Option("--max-drop", help="With --recipe auto: how much accuracy int8 may cost (0.005 is half a point).")] = None,
+    data_root: DataRoot = None,
     output: Output = Path("bundle"),
     shape: Annotated[list[str] | None, typer.Option("--shape", help="NAME=1,3,224,224 for an input with dynamic dimensions.")] = None,
     preprocess: Annotated[str | None, typer.Option("--preprocess", help="How pixels become input, e.g. scale=1/255,mean=0.5,std=0.5.")] = None,
     set_option: Annotated[list[str] | None, typer.Option("--set", help="A target option, NAME=VALUE.")] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune/--no-tune", help="Target cpu: take the fastest artifact on this machine whose accuracy holds, or the plain one.")
+    ] = True,
     bench: Annotated[bool, typer.Option("--bench", help="Measure latency of what runs here.")] = False,
     force: Force = False,
     as_json: Json = False,
@@ -49,11 +53,13 @@ def compile_command(
         model,
         output,
         as_json,
+        tune=tune,
         bench=bench,
         targets=targets or ["cpu"],
         data=data,
         recipe=recipe,
         max_drop=max_drop,
+        data_root=data_root,
         shapes=shapes(shape or []),
         preprocess=preprocess,
         options=dict(pair(word, "--set") for word in set_option or []),

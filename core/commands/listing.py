@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is: `targets`, `doctor`, `zoo list`."""
+"""What there is: `targets`, `doctor`."""
 
 from __future__ import annotations
 
-from isthmus.commands.options import Json, print_json, some
+from isthmus.commands.options import Json, print_json
 
 
 def targets_command(as_json: Json = False) -> None:
@@ -35,26 +35,3 @@ def doctor(as_json: Json = False) -> None:
         print_json([{"tool": t.name, "found": t.found, "version": t.version, "path": t.path, "purpose": t.purpose, "fix": t.fix} for t in found])
     else:
         print(grid(["tool", "version", "what it does here", "how to get it"], [[t.name, t.version if t.found else "missing", t.purpose, t.fix] for t in found]))
-
-
-def zoo_list(as_json: Json = False) -> None:
-    """The systems, their presets, and the paper behind each."""
-    from isthmus.console import grid
-    from isthmus.train import zoo as systems
-
-    loaded = [systems.load(name) for name in systems.names()]
-    if as_json:
-        print_json(
-            [
-                {"name": s.name, "summary": s.summary, "paper": s.paper, "presets": list(s.presets), "architecture_only": not isinstance(s, systems.ZooSystem)}
-                for s in loaded
-            ]
-        )
-    else:
-        here = {True: "network, data, training", False: "architecture only"}
-        print(
-            grid(
-                ["name", "what is here", "presets", "what it is"],
-                [[s.name, here[isinstance(s, systems.ZooSystem)], some(list(s.presets)), s.summary] for s in loaded],
-            )
-        )

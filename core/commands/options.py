@@ -17,6 +17,7 @@ Targets = Annotated[list[str] | None, typer.Option("--target", "-t", help="A pro
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that 'isthmus compile' wrote.")]
 Trust = Annotated[bool, typer.Option("--trust-bundle", help="Run native code of a bundle that somebody else built.")]
 Threads = Annotated[int, typer.Option("--threads", help="Threads of the engine.")]
+DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder of a zoo system's data set, in the files it is published as.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
 

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`zoo list`, `zoo show`, `zoo train`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isthmus.commands.options import DataRoot, Force, Json, print_json, shown, some
+from isthmus.console import Console
+from isthmus.errors import IsthmusError
+
+Reference = Annotated[str, typer.Argument(metavar="NAME[@PRESET]", help="A system of 'isthmus zoo list'.")]
+
+
+def zoo_list(as_json: Json = False) -> None:
+    """The systems, their presets, and the paper behind each."""
+    from isthmus.console import grid
+    from isthmus.train import zoo as systems
+
+    loaded = [systems.load(name) for name in systems.names()]
+    if as_json:
+        print_json(
+            [
+                {"name": s.name, "summary": s.summary, "paper": s.paper, "presets": list(s.presets), "architecture_only": not isinstance(s, systems.ZooSystem)}
+                for s in loaded
+            ]
+        )
+    else:
+        here = {True: "network, data, training", False: "architecture only"}
+        print(
+            grid(
+                ["name", "what is here", "presets", "what it is"],
+                [[s.name, here[isinstance(s, systems.ZooSystem)], some(list(s.presets)), s.summary] for s in loaded],
+            )
+        )
+
+
+def zoo_show(reference: Reference, as_json: Json = False) -> None:
+    """One system: its presets with parameters and MACs, its paper."""
+    from isthmus.console import grid
+    from isthmus.cost_model import cost_of
+    from isthmus.train import zoo as systems
+
+    architecture, chosen = systems.parse(_prefixed(reference))
+    rows = []
+    for preset in [chosen] if "@" in reference else list(architecture.presets):
+        cost = cost_of(f"{systems.PREFIX}{architecture.name}@{preset}", {}, "mac")
+        configuration = architecture.presets[preset]
+        rows.append(
+            {
+                "preset": preset,
+                "input": list(architecture.input_shape(configuration)),
+                "parameters": cost.parameters,
+                "macs": cost.macs,
+                "configuration": asdict(configuration) if is_dataclass(configuration) and not isinstance(configuration, type) else str(configuration),
+            }
+        )
+    if as_json:
+        print_json({"name": architecture.name, "summary": architecture.summary, "paper": architecture.paper, "presets": rows})
+        return
+    print(f"{architecture.name}: {architecture.summary}\n{architecture.paper}\n")
+    print(
+        grid(["preset", "input", "parameters", "MACs"], [[r["preset"], "x".join(map(str, r["input"])), f"{r['parameters']:,}", f"{r['macs']:,}"] for r in rows])
+    )
+
+
+def zoo_train(
+    reference: Reference,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint; a training that was stopped goes on from it.")] = Path("training"),
+    data_root: DataRoot = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and augmentation.")] = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train a system; stopped at any moment, it goes on from the last epoch to the same weights."""
+    from isthmus.train.system import CHECKPOINT, train_system
+
+    if force:
+        (output / CHECKPOINT).unlink(missing_ok=True)
+    if output.exists() and not output.is_dir():
+        raise IsthmusError(f"{output}: is a file; give a folder (-o)")
+    output.mkdir(parents=True, exist_ok=True)
+    with Console(quiet=as_json) as console:
+        trained = train_system(_prefixed(reference), output, seed, data_root, lambda text, share: console.say(f"training: {text}", share))
+    if as_json:
+        print_json({"checkpoint": str(output / CHECKPOINT), "data": trained.split.name, "metrics": trained.metrics})
+        return
+    print(f"{trained.split.name}\n" + "\n".join(f"{name:24s} {value:.4f}" for name, value in trained.metrics.items()))
+    print(f"\ncheckpoint: {shown(output / CHECKPOINT)}")
+
+
+def _prefixed(reference: str) -> str:
+    return reference if reference.startswith("zoo:") else f"zoo:{reference}"
