@@ -10,13 +10,17 @@ from isthmus.bench_bundle import read_measurements, why_not_measured
 from isthmus.bundle import Bundle
 from isthmus.console import grid
 from isthmus.cost import cost_of_graph
-from isthmus.graph import QuantGraph
+from isthmus.form_file import load_form
+from isthmus.lint_bundle import lint_bundle
 from isthmus.measurement import Measurement
 from isthmus.plan import tail
 from isthmus.report import layers_of, render
+from isthmus.tree_cost import cost_of_trees
+from isthmus.tree_form import TreeForm
 
 NEEDS_BOARD = "needs the board"
 LOG_LINES = 12
+SIMULATIONS = ("csim", "treesim")
 
 
 def add_report(bundle: Bundle) -> Bundle:
@@ -26,10 +30,11 @@ def add_report(bundle: Bundle) -> Bundle:
 
 def render_bundle(bundle: Bundle) -> str:
     """The page as text, from what the bundle holds and nothing else."""
-    graph = QuantGraph.load(bundle.model)
+    form = load_form(bundle.model)
+    cost, layers = (cost_of_trees(form), []) if isinstance(form, TreeForm) else (cost_of_graph(form), layers_of(form))
     measurements = read_measurements(bundle)
     reasons = {name: why_not_measured(entry) or "not measured" for name, entry in bundle.manifest["artifacts"].items() if name not in measurements}
-    return render(bundle.manifest, measurements, cost_of_graph(graph), layers_of(graph), logs=_logs(bundle), unmeasured=reasons)
+    return render(bundle.manifest, measurements, cost, layers, logs=_logs(bundle), unmeasured=reasons, lint=lint_bundle(bundle))
 
 
 def summary(bundle: Bundle) -> dict[str, Any]:
@@ -71,8 +76,8 @@ def table(bundle: Bundle) -> str:
         done = [step["detail"] for step in entry["steps"] if step["status"] == "done" and step["tool"] != "g++" and step["detail"]]
         planned = [step["name"] for step in entry["steps"] if step["status"] == "planned"]
         skipped = [step["detail"] for step in entry["steps"] if step["status"] == "skipped"]
-        simulated = ["compared and judged in its C simulation"] if entry["engine"] == "csim" else []
-        place = "the vendor's tool" if entry["engine"] == "csim" else "the board"
+        simulated = ["compared and judged in its C simulation"] if entry["engine"] in SIMULATIONS else []
+        place = "the vendor's tool" if entry["engine"] in SIMULATIONS else "the board"
         left = [f"left for {place}: {', '.join(planned)}"] if planned else []
         remarks = [*done[-1:], *simulated, *skipped, *left]
         if remarks:

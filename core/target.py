@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from isthmus.errors import IsthmusError, Problem
+from isthmus.lint import LintRow
 from isthmus.plan import BuildPlan
 from isthmus.profile import Profile
 
@@ -29,6 +30,21 @@ class Option:
 
     default: bool | int | float | str
     help: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one way of running a graph on a board would take, without the board. `latency_s` is (low, likely, high), None where only resources are known.
+
+    `resources` counts what is used by name; `basis` says in a sentence what the figures come from; `word` is "predicted" or "estimated",
+    and stands beside them wherever they are shown.
+    """
+
+    label: str
+    latency_s: tuple[float, float, float] | None
+    resources: Mapping[str, float]
+    basis: str
+    word: str = "estimated"
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,14 @@ class Target:
     def plan(self, graph: QuantGraph, profile: Profile, options: Mapping[str, Any]) -> BuildPlan:
         """Files and steps that make the artifact. Touches no device and starts no tool."""
         raise NotImplementedError
+
+    def estimate(self, graph: QuantGraph, profile: Profile, options: Mapping[str, Any]) -> list[Estimate]:
+        """What the artifact would take on the board, one entry a way of running it; empty where nothing is known of this board."""
+        return []
+
+    def lint(self, graph: QuantGraph, profile: Profile) -> list[LintRow] | None:
+        """How each layer would run, and what to change; None where the target has no such rules."""
+        return None
 
     def with_defaults(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """`options` completed by the defaults. Raises `IsthmusError` on an unknown name or a value of another type."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of a model: `cost`, `sensitivity`."""
+"""What is asked of a model: `cost`, `lint`, `sensitivity`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from isthmus.commands.options import Json, print_json, shapes, shown
+from isthmus.commands.options import BundlePath, Json, print_json, shapes, shown
 from isthmus.console import Console
+from isthmus.errors import IsthmusError
 
 
 def cost(
@@ -17,16 +18,42 @@ def cost(
     convention: Annotated[str, typer.Option("--convention", help="How FLOPs are counted: mac, flop, keras or keras2.")] = "flop",
     layers: Annotated[bool, typer.Option("--layers", help="One line a layer.")] = False,
     shape: Annotated[list[str] | None, typer.Option("--shape", help="NAME=1,3,224,224 for an input with dynamic dimensions.")] = None,
+    on: Annotated[list[str] | None, typer.Option("--on", help="Predict latency on this profile's board; repeat for several.")] = None,
+    rows: Annotated[list[Path] | None, typer.Option("--rows", help="Your own measurements, fitted too: a .csv or a bundle measured on its board.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Parameters, MACs, FLOPs, weight bytes and peak activation bytes, from the graph alone."""
-    from isthmus.cost_model import cost_of, cost_table
+    """Parameters, MACs, FLOPs, weight bytes and peak activation bytes, from the graph alone; with --on a board's latency, predicted."""
+    from isthmus.cost_model import checked_convention, cost_of_loaded, cost_table, form_or_onnx
+    from isthmus.estimates import estimates_json, estimates_on, estimates_table
 
-    result = cost_of(model, shapes(shape or []), convention)
+    checked_convention(convention)
+    if rows and not on:
+        raise IsthmusError("--rows are what a prediction is fitted to: name a board with --on")
+    loaded = form_or_onnx(model, shapes(shape or []))
+    result = cost_of_loaded(loaded)
+    estimates = estimates_on(model, loaded, on or [], rows or [])
     if as_json:
-        print_json({"convention": convention, "count": result.count(convention)} | result.to_json())
+        counted = {"convention": convention, "count": result.count(convention)} | result.to_json()
+        print_json(counted | ({"on": estimates_json(estimates)} if on else {}))
+        return
+    print(cost_table(result, convention, layers))
+    if on:
+        print(f"\n{estimates_table(estimates)}")
+
+
+def lint(
+    bundle: BundlePath,
+    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="A profile; without, the bundle's own that have a linter.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Which layers a board would multiply in int8, which stay float and why, and what to change: from the graph alone."""
+    from isthmus.lint_bundle import lint_json, lint_path, lint_table
+
+    found = lint_path(bundle, target or [])
+    if as_json:
+        print_json(lint_json(found))
     else:
-        print(cost_table(result, convention, layers))
+        print(lint_table(found))
 
 
 def sensitivity(

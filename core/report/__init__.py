@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from isthmus.cost import Cost
 from isthmus.errors import IsthmusError
+from isthmus.lint import LintRow
 from isthmus.measurement import Measurement
 from isthmus.report import details, sections
+from isthmus.report.lint import linted
 from isthmus.report.markup import Html, element, join, style
 
 if TYPE_CHECKING:
@@ -43,12 +45,13 @@ def render(
     *,
     logs: Mapping[str, Mapping[str, str]] | None = None,
     unmeasured: Mapping[str, str] | None = None,
+    lint: Mapping[str, Sequence[LintRow]] | None = None,
 ) -> str:
     """The page as text.
 
     `manifest` is a bundle's; `measurements` are by profile; `layers` is `layers_of(graph)`; `logs` are the last lines of each step's log, by
-    profile and step; `unmeasured` says why a profile has no latency (else "needs the board" or "not measured"). Raises `IsthmusError` where
-    the manifest lacks a field or holds one of another type.
+    profile and step; `unmeasured` says why a profile has no latency (else "needs the board" or "not measured"); `lint` has, by profile, each layer as its
+    target would run it. Raises `IsthmusError` where the manifest lacks a field or holds one of another type.
     """
     reasons = unmeasured or {}
     try:
@@ -58,6 +61,7 @@ def render(
             ("Accuracy", sections.accuracy(manifest)),
             ("Latency", sections.latency(manifest, measurements, reasons)),
             ("Layers", sections.layers(cost, layers)),
+            ("Lint", linted(lint or {})),
             ("Build", details.build(manifest, logs or {})),
             ("Verification", details.verification(manifest)),
             ("Provenance", details.provenance(manifest, measurements)),

@@ -119,7 +119,33 @@ def artifacts(manifest: Manifest, measurements: Measurements, unmeasured: Mappin
         "Artifacts side by side",
         table(caption, columns, rows, name="artifact-comparison", cards=True),
         facts([(name, bullets(text)) for name, text in notes if text]),
+        [_tuning(profile, entry["tuning"]) for profile, entry in manifest["artifacts"].items() if entry.get("tuning")],
     )
+
+
+def _tuning(profile: str, tuned: Manifest) -> Html:
+    """Every candidate of a tuned artifact, the fastest first; what could not be built last."""
+    rows = []
+    for one in sorted(tuned["candidates"], key=lambda one: one["p50_ns"] or float("inf")):
+        ratio = one["ratio"]
+        shown = f"{ratio['ratio']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "1" if one["candidate"] == tuned["untuned"] else figures.DASH
+        rows.append(
+            [
+                one["candidate"],
+                figures.duration(one["p50_ns"]) if one["p50_ns"] else figures.DASH,
+                shown,
+                figures.accuracy(one["score"]),
+                figures.percent(one["exact_share"]) if one["exact_share"] is not None else figures.DASH,
+                "taken" if one["taken"] else plain(one["why_not"]),
+            ]
+        )
+    columns = [Column("Candidate"), *(Column(name, numeric=True) for name in ("p50", "Of the untuned", "Score", "Exact")), Column("Taken, or why not")]
+    caption = (
+        f"{profile}, tuned on {plain(tuned['cpu_model'])} with {figures.threads(tuned['threads'])}. Score: {plain(tuned['metric'])} on"
+        f" {tuned['samples']} samples; the untuned form has {tuned['untuned_score']:.4f}, and {tuned['least_score']:.4f} is the least that holds. Exact:"
+        " against a reference of the candidate's own numbers. Times were taken in turns; the ratio has its 95 % interval."
+    )
+    return table(caption, columns, rows, name=f"tuning-{profile}", cards=True)
 
 
 def _notes(entry: Manifest) -> list[Child]:

@@ -14,23 +14,23 @@ from typing import Any
 
 from isthmus.errors import Problem
 from isthmus.graph import QuantGraph, QuantNode
+from isthmus.lint import LintRow
 from isthmus.ops import OPS
 from isthmus.plan import BuildPlan, Step
+from isthmus.predict import predictions
 from isthmus.profile import Profile
+from isthmus.roofline import program_of_graph
 from isthmus.spec import TensorSpec
-from isthmus.target import Option, Target, carried_steps
+from isthmus.target import Estimate, Option, Target, carried_steps
 from isthmus.targets.jetson.dialects import Dialect, dialect_of
 from isthmus.targets.jetson.dla import dla_report
-from isthmus.targets.jetson.engines import ARTIFACT, ENGINE, SCRIPT, Engine, engines_of, has_int8
+from isthmus.targets.jetson.engines import ARTIFACT, ENGINE, FLOAT_STEPS, SCRIPT, Engine, engines_of, has_int8
 from isthmus.targets.jetson.float_graph import beyond_fp16
-from isthmus.targets.jetson.lint import LintRow, lint, summary
+from isthmus.targets.jetson.lint import lint, summary
 from isthmus.targets.jetson.lower import LOWERINGS, end_pads
 
 KERNELS = "kernels.json"
 CHECK_TIMEOUT_S = 600
-# An engine without int8 rounds nothing where the form does: 3 steps in ONNX Runtime on the networks of tests/models. Values that saturate in int8 and
-# not in float differ by more, and shall be seen.
-FLOAT_STEPS = 8
 
 # Float islands that TensorRT-RTX 1.7 compiles (tests/tool/test_jetson.py) and that stand in the operator table of TensorRT 10.0's parser.
 FLOAT_OPS = frozenset(
@@ -60,6 +60,10 @@ class JetsonTarget(Target):
     def lint(self, graph: QuantGraph, profile: Profile) -> list[LintRow]:
         """What runs in int8, what stays float and why: `isthmus.targets.jetson.lint`."""
         return lint(graph, profile)
+
+    def estimate(self, graph: QuantGraph, profile: Profile, options: Mapping[str, Any]) -> list[Estimate]:
+        """The int8 and the FP16 engine's latency, predicted: `isthmus.predict`."""
+        return predictions(program_of_graph(graph, (row.node for row in self.lint(graph, profile) if row.runs == "float")), profile)
 
     def plan(self, graph: QuantGraph, profile: Profile, options: Mapping[str, Any]) -> BuildPlan:
         chosen = self.with_defaults(options)
@@ -103,7 +107,8 @@ def _check(profile: Profile, engines: Sequence[Engine]) -> Step:
 
 
 def _float_border(spec: TensorSpec) -> TensorSpec:
-    return replace(spec, dtype="float32", scale=None, zero_point=None)
+    """Real numbers; scale and zero point are those of the quantisers inside, by which the reference's steps are fed and read."""
+    return replace(spec, dtype="float32")
 
 
 def _pool_problems(graph: QuantGraph, node: QuantNode) -> list[Problem]:

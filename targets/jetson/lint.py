@@ -12,39 +12,16 @@ Rules, each seen in what TensorRT-RTX 1.7 compiled (`benchmarks/jetson_support.p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from isthmus.cost import cost_of_graph
 from isthmus.graph import QuantGraph, QuantNode
+from isthmus.lint import LintRow, totals
 from isthmus.profile import Profile
 from isthmus.targets.jetson.dialects import dialect_of
 
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchMatMul"})
 PADDED_TO = 4  # int8 convolutions read channels in fours: fewer, or a rest, are padded with zeros
-
-
-@dataclass(frozen=True)
-class LintRow:
-    """One layer. `runs` is "int8" or "float"; `macs` of one run; `reformats` the changes of type at its inputs and outputs; `why` and `fix` are
-    sentences, empty where there is nothing to say."""
-
-    node: str
-    op: str
-    runs: str
-    macs: int
-    reformats: int
-    why: str = ""
-    fix: str = ""
-
-
-@dataclass(frozen=True)
-class LintTotals:
-    layers: int
-    int8_layers: int
-    macs: int
-    int8_macs: int
-    reformats: int
 
 
 def lint(graph: QuantGraph, profile: Profile) -> list[LintRow]:
@@ -60,15 +37,6 @@ def lint(graph: QuantGraph, profile: Profile) -> list[LintRow]:
         if row.macs or row.why or node.kind == "float":
             rows.append(row)
     return rows
-
-
-def totals(rows: Iterable[LintRow]) -> LintTotals:
-    """Sums; `layers` counts those with MACs."""
-    listed = list(rows)
-    multiplying = [row for row in listed if row.macs]
-    inside = [row for row in multiplying if row.runs == "int8"]
-    reformats = sum(row.reformats for row in listed)
-    return LintTotals(len(multiplying), len(inside), sum(row.macs for row in multiplying), sum(row.macs for row in inside), reformats)
 
 
 def summary(rows: Sequence[LintRow]) -> str:

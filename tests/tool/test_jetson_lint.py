@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from isthmus.form_writer import FormWriter
 from isthmus.graph import QuantGraph
+from isthmus.lint import LintRow, totals
 from isthmus.profile import load_profile
 from isthmus.targets.jetson import TARGET
 from isthmus.targets.jetson.check_with_rtx import MATRIX_KERNELS, compiled, kernels_from_log
 from isthmus.targets.jetson.dialects import dialect_of
 from isthmus.targets.jetson.dla import dla_report, why_not_on_dla
-from isthmus.targets.jetson.lint import PRODUCTS, LintRow, lint, summary, totals
+from isthmus.targets.jetson.lint import PRODUCTS, lint, summary
 from isthmus.targets.jetson.lower import onnx_from_graph
 
 MODELS = Path(__file__).parents[1] / "models"

@@ -24,6 +24,8 @@ TOP = {
     "source",
     "zoo_source",
     "cost_model",
+    "estimates",
+    "lint_bundle",
     "post_training",
     "module_training",
     "sensitivity_model",
@@ -33,8 +35,23 @@ TOP = {
     "layerwise",
     "candidates",
     "report_bundle",
+    "artifact",
+    "tuning",
+    "tree_bundle",
+    "split_bundle",
 }
-DEVICE = {"spec", "errors", "bundle", "session", "compare", "bench", "measurement", "conditions", "affinity", "loadgen"}  # what `runtimes` needs of the core: numpy alone
+DEVICE = {
+    "spec",
+    "errors",
+    "bundle",
+    "session",
+    "compare",
+    "bench",
+    "measurement",
+    "conditions",
+    "affinity",
+    "loadgen",
+}  # what `runtimes` needs of the core: numpy alone
 ONNX = {"onnx", "onnx_ir", "google"}  # google.protobuf is what onnx stands on
 # Libraries beside numpy, by folder; a target or an engine brings its own (OWN).
 LIBRARIES = {
@@ -56,9 +73,13 @@ OWN = {
     "targets/tflite": {"ai_edge_litert", "flatbuffers"},
     "targets/jetson": {"tensorrt_rtx", "tensorrt"},
     "targets/hls4ml": {"hls4ml"},
+    "targets/trees": {"conifer"},
+    "export/trees_sklearn.py": {"skops"},
     "runtimes/onnxruntime": {"onnxruntime"},
+    "runtimes/pynq": {"pynq"},
     "runtimes/tflite": {"ai_edge_litert", "tflite_runtime"},  # two names of one engine
     "runtimes/tensorrt": {"tensorrt"},
+    "runtimes/openvino": {"openvino"},
 }
 
 
