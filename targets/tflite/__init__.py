@@ -11,6 +11,7 @@ from isthmus.graph import QuantGraph, QuantNode
 from isthmus.plan import BuildPlan
 from isthmus.profile import Profile
 from isthmus.target import Option, Target, carried_steps
+from isthmus.targets.tflite.float_form import FLOAT_OPS, REDUCTIONS, float_form
 from isthmus.targets.tflite.islands import island_problems
 from isthmus.targets.tflite.ranges import pairs_overflow
 from isthmus.targets.tflite.rounding import ROUNDING, scale_and_zero
@@ -22,7 +23,7 @@ ROUNDINGS = ("exact", "native")
 WINDOW_RANKS = (3, 4)  # one or two space axes
 IMAGE_OPS = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "ResizeNearest", "ResizeLinear"})
 # Axes that the kernels of TFLite and XNNPACK take.
-LARGEST_RANKS = {"Transpose": 6, "Slice": 5, "Split": 6, "Pad": 5, "Expand": 8, "BatchMatMul": 5, "Add": 6, "Sub": 6, "Mul": 6}
+LARGEST_RANKS = {"Transpose": 6, "Slice": 5, "Split": 6, "Pad": 5, "Expand": 8, "BatchMatMul": 5, "Add": 6, "Sub": 6, "Mul": 6} | dict.fromkeys(REDUCTIONS, 6)
 ENGINE_NOTE = (
     "compared in LiteRT with XNNPACK, its default; tflite-runtime 2.14 opens the same file, but runs int8 layers in TFLite's own kernels, "
     "which round halves away from zero: up to 1 LSB a layer"
@@ -36,7 +37,12 @@ class TfliteTarget(Target):
 
     def check(self, graph: QuantGraph, profile: Profile) -> list[Problem]:
         problems = super().check(graph, profile)
+        graph, unresolved = float_form(graph)
+        problems += unresolved
+        refused = {problem.node for problem in problems}
         for node in graph.nodes:
+            if node.kind == "float" and node.name in refused:
+                continue  # its attributes are ONNX's own
             if node.op in IMAGE_OPS:
                 problems += _window_problems(graph, node)
             problems += _weight_problems(graph, node)
@@ -137,7 +143,7 @@ TARGET = TfliteTarget(
         "Relu", "Clip", "Requantize", "LeakyRelu", "PRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Silu", "Mish", "Gelu", "Softplus", "Elu",
         "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Concat", "Split", "Slice", "Pad", "Transpose", "Expand", "DepthToSpace", "SpaceToDepth", "Gather",
     }),
-    float_ops=frozenset({"Softmax", "LayerNormalization", "ArgMax", "Cast", "GridSample"}),
+    float_ops=FLOAT_OPS,
     options={
         "io": Option("int8", "what the file takes and gives: int8 (raw, no conversion inside) or float32"),
         "emit_c": Option(False, "also model_data.c and model_data.h: the file as a C array with its arena's size, for TensorFlow Lite Micro"),

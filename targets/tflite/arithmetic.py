@@ -22,7 +22,7 @@ def lower_sum(lowering: Lowering, node: QuantNode) -> None:
     """Add and Sub: in int8 where no tie can occur or nothing could be exact; else in float32, whose QUANTIZE rounds halves to even."""
     op, options = SUM_OPTIONS[node.op]
     order = lowering.common_order(node)
-    sources = [_operand(lowering, name, node, order) for name in node.inputs]
+    sources = [operand(lowering, name, node, order) for name in node.inputs]
     ratios = [scale_and_zero(lowering.graph, name)[0] / scale_and_zero(lowering.graph, node.output)[0] for name in node.inputs]
     whole = all(ratio_is_whole(lowering.graph, name, node.output) for name in node.inputs) and max(ratios) < SUM_RATIOS[1]
     powers = all_powers_of_two(lowering.graph, node)
@@ -40,7 +40,7 @@ def lower_sum(lowering: Lowering, node: QuantNode) -> None:
 def lower_product(lowering: Lowering, node: QuantNode) -> None:
     """Mul: XNNPACK's int8 MUL multiplies the product by one float32 factor and rounds halves to even, as the reference does for powers of two."""
     order = lowering.common_order(node)
-    sources = [_operand(lowering, name, node, order) for name in node.inputs]
+    sources = [operand(lowering, name, node, order) for name in node.inputs]
     (a, _), (b, _), (out, _) = (scale_and_zero(lowering.graph, name) for name in (*node.inputs, node.output))
     taken = PRODUCT_RATIOS[0] <= a * b / out < PRODUCT_RATIOS[1]
     lowering.declare(node, all_powers_of_two(lowering.graph, node) and (taken or lowering.exact))
@@ -81,7 +81,7 @@ def _in_float(lowering: Lowering, node: QuantNode, op: str, options: str, source
     lowering.quantise_bounded(node, result, target)
 
 
-def _operand(lowering: Lowering, name: str, node: QuantNode, order: Order) -> Placed:
+def operand(lowering: Lowering, name: str, node: QuantNode, order: Order) -> Placed:
     """An operand in the result's order; one of lower rank gets the leading ones that broadcasting gives it."""
     shape, rank = lowering.spec(name).shape, len(lowering.spec(node.output).shape)
     if len(shape) == rank:

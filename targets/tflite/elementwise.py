@@ -24,10 +24,10 @@ def lower_clamp(lowering: Lowering, node: QuantNode) -> None:
     """Relu and Clip that stand alone; nothing where the clamp is the whole range."""
     order = lowering.elementwise_order(node)
     source = lowering.read(node.inputs[0], order)
-    if lowering.activation(node.clamp, node.output, ALONE) == ("NONE", []):
+    if lowering.clamp(node, ALONE) == ("NONE", []):
         lowering.place(node.output, order, source)
     else:
-        lowering.emit_clamp(source, lowering.write(node.output, order), node.clamp, node.output)
+        lowering.emit_clamp(source, lowering.write(node.output, order), node)
 
 
 def lower_requantise(lowering: Lowering, node: QuantNode) -> None:

@@ -57,7 +57,6 @@ class _Resolver:
         self.graph = graph
         self.tensors = dict(graph.tensors)
         self.nodes: list[QuantNode] = []
-        self.held: dict[str, QuantNode] = {}  # Constant nodes by their tensor
         self.outputs = {spec.name for spec in graph.outputs}
         self.readers: dict[str, list[QuantNode]] = {}
         for node in graph.nodes:
@@ -84,7 +83,7 @@ class _Resolver:
     # ---- one island
     def _resolved(self, node: QuantNode) -> list[QuantNode]:
         if not node.inputs:
-            return [self._constant(name, values) for name, values in zip(node.outputs, Island(node).run([]), strict=True)]
+            return [self.constant(name, values) for name, values in zip(node.outputs, Island(node).run([]), strict=True)]
         self._check_types(node)
         rule = _RULES.get(node.op)
         return [node] if rule is None else rule(self, node)
@@ -108,9 +107,9 @@ class _Resolver:
         if not set(inside) <= allowed or not set(written) <= gives:
             raise IllegalCallError(f"{node.op} from {', '.join(inside)} to {', '.join(written)}", f"compute it on {' or '.join(sorted(allowed))}")
 
-    def call(self, node: QuantNode, op: str = "", **more: object) -> Call:
+    def call(self, node: QuantNode, op: str = "") -> Call:
         shapes = tuple(tuple(self.tensors[name].shape for name in names) for names in (node.inputs, node.outputs))
-        return Call(op or node.op, {**node.attributes, **more}, shapes[0], node.constants, shapes[1])
+        return Call(op or node.op, node.attributes, shapes[0], node.constants, shapes[1])
 
     def one_input(self, node: QuantNode) -> None:
         """Raises unless the first input alone is computed."""
@@ -123,7 +122,7 @@ class _Resolver:
         return self.tensors[name].shape
 
     # ---- constants
-    def _constant(self, name: str, values: np.ndarray) -> QuantNode:
+    def constant(self, name: str, values: np.ndarray) -> QuantNode:
         """A stored tensor; a single number gets an axis."""
         values = np.atleast_1d(values)
         self.tensors[name] = TensorSpec(name, values.shape, str(values.dtype), FORM_LAYOUTS.get(values.ndim, ""))
@@ -134,7 +133,7 @@ class _Resolver:
         made, names, computed = [], [], iter(node.inputs)
         for position in range(len(node.inputs) + len(node.constants)):
             if position in node.constants:
-                made.append(self._constant(f"{node.output}/operand_{position}", node.constants[position]))
+                made.append(self.constant(f"{node.output}/operand_{position}", node.constants[position]))
                 names.append(made[-1].output)
             else:
                 names.append(next(computed))
@@ -290,7 +289,7 @@ def _batch_norm(resolver: _Resolver, node: QuantNode) -> list[QuantNode]:
     factor = gain / np.sqrt(variance + float(node.attributes.get("epsilon", 1e-5)))
     shape = (1, -1, *[1] * (len(resolver.shape(node.inputs[0])) - 2))
     held = [
-        resolver._constant(f"{node.output}/{label}", values.astype(np.float32).reshape(shape))
+        resolver.constant(f"{node.output}/{label}", values.astype(np.float32).reshape(shape))
         for label, values in (("factor", factor), ("shift", offset - mean * factor))
     ]
     scaled = resolver.between(f"{node.output}/scaled", node.output)
@@ -318,4 +317,4 @@ _RULES: Mapping[str, Rule] = {
     "BatchNormalization": _batch_norm,
 }
 
-__all__ = ["COMPARISONS", "FLOAT_OPS", "LOGIC", "MATHS", "REDUCTIONS", "float_form"]
+__all__ = ["FLOAT_OPS", "REDUCTIONS", "float_form"]

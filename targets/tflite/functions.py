@@ -27,7 +27,7 @@ FIXED_OUTPUT = {"Sigmoid": ("LOGISTIC", 1 / 256, INT8_MIN), "Tanh": ("TANH", 1 /
 
 
 def lower_function(lowering: Lowering, node: QuantNode) -> None:
-    order = _order(lowering, node)
+    order = values_order(lowering, node)
     source, target = lowering.read(node.inputs[0], order), lowering.write(node.output, order)
     safe = _is_far_from_ties(lowering, node)
     powers = is_power_of_two(scale_and_zero(lowering.graph, node.output)[0])
@@ -45,7 +45,7 @@ def lower_function(lowering: Lowering, node: QuantNode) -> None:
         _look_up(lowering, node, source, target)
 
 
-def _order(lowering: Lowering, node: QuantNode) -> Order:
+def values_order(lowering: Lowering, node: QuantNode) -> Order:
     """Slopes a channel want the channels last; every other function takes what it finds."""
     if node.op != "PRelu" or node.constants[1].size == 1:
         return lowering.elementwise_order(node)
@@ -89,18 +89,18 @@ def _look_up(lowering: Lowering, node: QuantNode, source: Placed, target: Placed
 
 
 # ---- in float32
-def _unary(op: str) -> Callable[[Lowering, QuantNode, Placed], Placed]:
+def unary(op: str) -> Callable[[Lowering, QuantNode, Placed], Placed]:
     return lambda lowering, node, x: lowering.float_operator(op, [x.index], x.shape)
 
 
-def _binary(lowering: Lowering, op: str, a: Placed, b: Placed | float, activation: str = "NONE") -> Placed:
+def binary(lowering: Lowering, op: str, a: Placed, b: Placed | float, activation: str = "NONE") -> Placed:
     """ADD, SUB or MUL of a tensor and a tensor or number."""
     other = b.index if isinstance(b, Placed) else lowering.number(b)
     fused = lowering.writer.enum("ActivationFunctionType", activation)
     return lowering.float_operator(op, [a.index, other], a.shape, f"{op.capitalize()}Options", fusedActivationFunction=fused)
 
 
-def _bound(lowering: Lowering, op: str, x: Placed, limit: float) -> Placed:
+def bound(lowering: Lowering, op: str, x: Placed, limit: float) -> Placed:
     return lowering.float_operator(op, [x.index, lowering.number(limit)], x.shape, "MaximumMinimumOptions")
 
 
@@ -116,8 +116,8 @@ def _p_relu(lowering: Lowering, node: QuantNode, x: Placed) -> Placed:
 
 def _line(lowering: Lowering, x: Placed, slope: float, offset: float) -> Placed:
     """min(max(x * slope + offset, 0), 1)."""
-    line = _binary(lowering, "ADD", _binary(lowering, "MUL", x, slope), offset, "RELU")
-    return _bound(lowering, "MINIMUM", line, 1.0)
+    line = binary(lowering, "ADD", binary(lowering, "MUL", x, slope), offset, "RELU")
+    return bound(lowering, "MINIMUM", line, 1.0)
 
 
 def _hard_sigmoid(lowering: Lowering, node: QuantNode, x: Placed) -> Placed:
@@ -125,45 +125,45 @@ def _hard_sigmoid(lowering: Lowering, node: QuantNode, x: Placed) -> Placed:
 
 
 def _hard_swish(lowering: Lowering, node: QuantNode, x: Placed) -> Placed:
-    return _binary(lowering, "MUL", x, _line(lowering, x, 1 / 6, 0.5))
+    return binary(lowering, "MUL", x, _line(lowering, x, 1 / 6, 0.5))
 
 
 def _silu(lowering: Lowering, node: QuantNode, x: Placed) -> Placed:
-    return _binary(lowering, "MUL", x, _unary("LOGISTIC")(lowering, node, x))
+    return binary(lowering, "MUL", x, unary("LOGISTIC")(lowering, node, x))
 
 
 def _softplus(lowering: Lowering, node: QuantNode, x: Placed) -> Placed:
     """max(x, 0) + log(1 + exp(-|x|)): exp cannot overflow."""
-    magnitude = _unary("ABS")(lowering, node, x)
-    small = lowering.float_operator("EXP", [_unary("NEG")(lowering, node, magnitude).index], x.shape)
-    tail = lowering.float_operator("LOG", [_binary(lowering, "ADD", small, 1.0).index], x.shape)
-    return _binary(lowering, "ADD", _unary("RELU")(lowering, node, x), tail)
+    magnitude = unary("ABS")(lowering, node, x)
+    small = lowering.float_operator("EXP", [unary("NEG")(lowering, node, magnitude).index], x.shape)
+    tail = lowering.float_operator("LOG", [binary(lowering, "ADD", small, 1.0).index], x.shape)
+    return binary(lowering, "ADD", unary("RELU")(lowering, node, x), tail)
 
 
 def _mish(lowering: Lowering, node: QuantNode, x: Placed) -> Placed:
-    return _binary(lowering, "MUL", x, _unary("TANH")(lowering, node, _softplus(lowering, node, x)))
+    return binary(lowering, "MUL", x, unary("TANH")(lowering, node, _softplus(lowering, node, x)))
 
 
 def _gelu(lowering: Lowering, node: QuantNode, x: Placed) -> Placed:
     return lowering.float_operator("GELU", [x.index], x.shape, "GeluOptions", approximate=node.attributes["approximate"] == "tanh")
 
 
-def _elu(lowering: Lowering, node: QuantNode, x: Placed) -> Placed:
+def elu(lowering: Lowering, node: QuantNode, x: Placed, alpha: float) -> Placed:
     """TFLite's ELU has alpha 1: the negative side alone goes through it."""
-    negative = _unary("ELU")(lowering, node, _bound(lowering, "MINIMUM", x, 0.0))
-    return _binary(lowering, "ADD", _unary("RELU")(lowering, node, x), _binary(lowering, "MUL", negative, float(node.attributes["alpha"])))
+    negative = unary("ELU")(lowering, node, bound(lowering, "MINIMUM", x, 0.0))
+    return binary(lowering, "ADD", unary("RELU")(lowering, node, x), binary(lowering, "MUL", negative, alpha))
 
 
 FLOAT_FORMS: Mapping[str, Callable[[Lowering, QuantNode, Placed], Placed]] = {
     "LeakyRelu": _leaky_relu,
     "PRelu": _p_relu,
-    "Sigmoid": _unary("LOGISTIC"),
-    "Tanh": _unary("TANH"),
+    "Sigmoid": unary("LOGISTIC"),
+    "Tanh": unary("TANH"),
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": _hard_swish,
     "Silu": _silu,
     "Mish": _mish,
     "Gelu": _gelu,
     "Softplus": _softplus,
-    "Elu": _elu,
+    "Elu": lambda lowering, node, x: elu(lowering, node, x, float(node.attributes["alpha"])),
 }

@@ -6,38 +6,50 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from isthmus.errors import ProblemsError
 from isthmus.graph import QuantGraph, QuantNode
 from isthmus.spec import TensorSpec
-from isthmus.targets.tflite import arithmetic, elementwise, functions, islands, means, moves, pools, sampling, transposed, weighted
+from isthmus.targets.tflite import (
+    arithmetic,
+    elementwise,
+    float_arithmetic,
+    float_functions,
+    functions,
+    islands,
+    means,
+    moves,
+    pools,
+    sampling,
+    transposed,
+    weighted,
+)
+from isthmus.targets.tflite.float_form import float_form
 from isthmus.targets.tflite.lowering import Lowering, Order, Placed
 
 DIGEST_KEY = "isthmus.digest"
 IMAGES = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "ResizeNearest", "ResizeLinear"})
 KEEPS_AXES = frozenset(
-    {"QuantizeLinear", "DequantizeLinear", "Requantize", "Relu", "Clip", "Add", "Sub", "Mul", "Concat", "Pad", "Slice", *functions.FLOAT_FORMS},
+    {
+        *("QuantizeLinear", "DequantizeLinear", "Requantize", "Relu", "Clip", "Add", "Sub", "Mul", "Concat", "Pad", "Slice", "Identity"),
+        *(*float_functions.FORMS, *float_arithmetic.FUSING, *float_arithmetic.CHAINED, *float_arithmetic.PLAIN, "InstanceNormalization"),
+    },
 )
 LAST_LAYOUTS = {3: "NWC", 4: "NHWC"}
 
-INT8_LOWERINGS: Mapping[str, Callable[[Lowering, QuantNode], None]] = {
+# What is lowered in the same way whether its tensors are int8 or float32.
+SHARED: Mapping[str, Callable[[Lowering, QuantNode], None]] = {
     "Constant": elementwise.lower_constant,
     "Conv": weighted.lower_conv,
     "ConvTranspose": transposed.lower_conv_transpose,
     "Gemm": weighted.lower_gemm,
     "MatMul": weighted.lower_gemm,
-    "BatchMatMul": arithmetic.lower_batch_matmul,
-    "Add": arithmetic.lower_sum,
-    "Sub": arithmetic.lower_sum,
-    "Mul": arithmetic.lower_product,
     "MaxPool": pools.lower_max_pool,
     "AveragePool": pools.lower_average_pool,
     "GlobalAveragePool": pools.lower_global_average_pool,
-    "ReduceMean": means.lower_reduce_mean,
     "ResizeNearest": means.lower_resize_nearest,
     "ResizeLinear": means.lower_resize_linear,
     "Relu": elementwise.lower_clamp,
     "Clip": elementwise.lower_clamp,
-    "Requantize": elementwise.lower_requantise,
-    **dict.fromkeys(functions.FLOAT_FORMS, functions.lower_function),
     **dict.fromkeys(("Flatten", "Reshape", "Squeeze", "Unsqueeze"), moves.lower_reshape),
     "Concat": moves.lower_concat,
     "Split": moves.lower_split,
@@ -49,10 +61,27 @@ INT8_LOWERINGS: Mapping[str, Callable[[Lowering, QuantNode], None]] = {
     "SpaceToDepth": moves.lower_space_to_depth,
     "Gather": moves.lower_gather,
 }
+INT8_LOWERINGS: Mapping[str, Callable[[Lowering, QuantNode], None]] = {
+    **SHARED,
+    "BatchMatMul": arithmetic.lower_batch_matmul,
+    "Add": arithmetic.lower_sum,
+    "Sub": arithmetic.lower_sum,
+    "Mul": arithmetic.lower_product,
+    "ReduceMean": means.lower_reduce_mean,
+    "Requantize": elementwise.lower_requantise,
+    **dict.fromkeys(functions.FLOAT_FORMS, functions.lower_function),
+}
 FLOAT_LOWERINGS: Mapping[str, Callable[[Lowering, QuantNode], None]] = {
+    **SHARED,
+    **float_arithmetic.LOWERINGS,
+    **dict.fromkeys(float_functions.FORMS, float_functions.lower_function),
+    "Tile": moves.lower_tile,
+    "Identity": moves.lower_identity,
     "Softmax": islands.lower_softmax,
+    "LogSoftmax": islands.lower_softmax,
     "LayerNormalization": islands.lower_layer_norm,
     "ArgMax": islands.lower_arg_max,
+    "ArgMin": islands.lower_arg_max,
     "Cast": islands.lower_cast,
     "GridSample": sampling.lower_grid_sample,
 }
@@ -76,6 +105,10 @@ class Lowered:
 
 def lower(graph: QuantGraph, *, raw_border: bool = True, exact: bool = True) -> Lowered:
     """`raw_border`: int8 inputs and outputs where the form has a quantiser there; else float32. `exact`: see `Lowering`."""
+    digest = graph.digest
+    graph, problems = float_form(graph)
+    if problems:
+        raise ProblemsError("not for target tflite", problems)
     lowering = Lowering(graph, exact)
     inputs = [_input(lowering, index, raw_border) for index in range(len(graph.inputs))]
     for node in graph.nodes:
@@ -85,7 +118,7 @@ def lower(graph: QuantGraph, *, raw_border: bool = True, exact: bool = True) -> 
     content = lowering.writer.to_bytes(
         [(spec.name, placed.index) for spec, placed in inputs],
         [(spec.name, placed.index) for spec, placed in outputs],
-        {DIGEST_KEY: graph.digest.encode()},
+        {DIGEST_KEY: digest.encode()},
         "isthmus",
     )
     return Lowered(content, tuple(spec for spec, _ in inputs), tuple(spec for spec, _ in outputs), tuple(lowering.inexact), lowering.orders())

@@ -58,6 +58,16 @@ def shape_in(order: Order, shape: Sequence[int]) -> tuple[int, ...]:
     return (batch, *([1] if len(space) == 1 else []), *space, channels)
 
 
+def real_clamp(low: float, high: float, known: Sequence[tuple[str, float, float]]) -> tuple[str, list[tuple[str, float]]]:
+    """As `Lowering.activation`, for bounds in real numbers."""
+    for activation, lower, upper in known:
+        if (low, high) == (lower, upper):
+            return activation, []
+    relu = low == 0
+    bounds = [] if relu or low == -np.inf else [("MAXIMUM", low)]
+    return "RELU" if relu else "NONE", bounds + ([] if high == np.inf else [("MINIMUM", high)])
+
+
 class Lowering:
     """Filled by `lower.py` operator by operator. `exact`: where TFLite rounds unlike the reference, take a way around.
 
@@ -98,20 +108,30 @@ class Lowering:
         self._placed[name, order] = placed
         self._order.setdefault(name, order)
 
+    def settle(self, name: str, order: Order, placed: Placed) -> None:
+        """A scratch tensor turns out to be what a node writes."""
+        self.writer.rename(placed.index, name)
+        self.place(name, order, placed)
+
     def place_constant(self, name: str, values: np.ndarray) -> None:
         """A form tensor whose values are known: every order of axes is written as it is asked for."""
         self._constants[name] = values
-        self.place(name, Order.FORM, self._store(name, name, values))
+        self._order.setdefault(name, Order.FORM)
 
     def is_constant(self, name: str) -> bool:
         return name in self._constants
+
+    def constant_number(self, name: str) -> float | None:
+        """The one number that a constant holds; None of anything else."""
+        held = self._constants.get(name)
+        return float(held.reshape(-1)[0]) if held is not None and held.size == 1 else None
 
     def widened_constant(self, name: str, full: Sequence[int], order: Order) -> Placed:
         """A constant of lower rank with the leading ones that broadcasting gives it, in that order."""
         values = self._constants[name].reshape(full)
         if order is Order.LAST:
             values = values.transpose(0, *range(2, len(full)), 1).reshape(shape_in(order, full))
-        return self._store(name, f"{name}/{order.value}", values)
+        return self._store(name, name if values.shape == self.spec(name).shape and order is Order.FORM else f"{name}/{order.value}", values)
 
     def _store(self, name: str, label: str, values: np.ndarray) -> Placed:
         index = self.writer.constant(label, values, self.quantisation(name))
@@ -186,7 +206,7 @@ class Lowering:
         self.writer.operator("SLICE", 2, [source.index, begin, size], [target.index], "SliceOptions")
 
     def gather(self, source: Placed, target: Placed, indices: np.ndarray, axis: int) -> None:
-        """Constant indices along one axis of an int8 tensor."""
+        """Constant indices along one axis."""
         places = self.writer.constant("indices", np.asarray(indices, np.int32))
         self.writer.operator("GATHER", 2, [source.index, places], [target.index], "GatherOptions", axis=axis)
 
@@ -196,15 +216,15 @@ class Lowering:
         self.writer.operator("TRANSPOSE", 2, [source.index, axes], [placed.index], "TransposeOptions")
         return placed
 
-    def pad(self, source: Placed, label: str, begins: Sequence[int], ends: Sequence[int], like: str, value: int | None = None) -> Placed:
-        """Pads height and width of an int8 tensor that lies channels last: with real zero, or with the int8 `value`."""
+    def pad(self, source: Placed, label: str, begins: Sequence[int], ends: Sequence[int], like: str, value: float | None = None) -> Placed:
+        """Pads height and width of a tensor that lies channels last: with real zero, or with `value` of its own dtype."""
         batch, height, width, channels = source.shape
         placed = self.scratch(label, (batch, height + begins[0] + ends[0], width + begins[1] + ends[1], channels), like)
         amounts = self.writer.constant("paddings", np.array([[0, 0], [begins[0], ends[0]], [begins[1], ends[1]], [0, 0]], np.int32))
         if value is None:
             self.writer.operator("PAD", 2, [source.index, amounts], [placed.index], "PadOptions")
         else:
-            fill = self.writer.constant("fill", np.array([value], np.int8), self.quantisation(like))
+            fill = self.writer.constant("fill", np.array([value], self.spec(like).dtype), self.quantisation(like))
             self.writer.operator("PADV2", 2, [source.index, amounts, fill], [placed.index], "PadV2Options")
         return placed
 
@@ -242,6 +262,10 @@ class Lowering:
         self.quantise(real, target)
 
     # ---- clamps
+    def clamp(self, node: QuantNode, known: Sequence[tuple[str, float, float]] = FUSED) -> tuple[str, Sequence[tuple[str, float]]]:
+        """TFLite's activation for what is fused to a node, and what it cannot say: (MAXIMUM | MINIMUM, bound) in order, in the output's dtype."""
+        return real_clamp(*node.activation_range, known) if node.kind == "float" else self.activation(node.clamp, node.output, known)
+
     def activation(self, clamp: tuple[int, int], name: str, known: Sequence[tuple[str, float, float]] = FUSED) -> tuple[str, list[tuple[str, int]]]:
         """TFLite's activation for a clamp in steps of tensor `name`, and what it cannot say: (MAXIMUM | MINIMUM, bound) in order."""
         zero = int(self.spec(name).zero_point or 0)
@@ -265,25 +289,25 @@ class Lowering:
 
     def emit_clamped(self, node: QuantNode, target: Placed, emit: Callable[[Placed, int], None]) -> None:
         """`emit(tensor, fused activation)` writes the operator; MAXIMUM and MINIMUM behind it say what of the clamp the activation cannot."""
-        activation, bounds = self.activation(node.clamp, node.output)
+        activation, bounds = self.clamp(node)
         first = target if not bounds else self.scratch(f"{node.output}/unclamped", target.shape, node.output)
         emit(first, self.writer.enum("ActivationFunctionType", activation))
         self.emit_bounds(first, target, bounds, node.output)
 
-    def emit_clamp(self, source: Placed, target: Placed, clamp: tuple[int, int], name: str) -> None:
-        """A clamp that stands alone, in steps of int8 tensor `name`: one of TFLite's four, or MAXIMUM and MINIMUM."""
-        activation, bounds = self.activation(clamp, name, ALONE)
+    def emit_clamp(self, source: Placed, target: Placed, node: QuantNode) -> None:
+        """A node's clamp as operators of its own: one of TFLite's four, or MAXIMUM and MINIMUM."""
+        name, (activation, bounds) = node.output, self.clamp(node, ALONE)
         if activation != "NONE":
             middle = target if not bounds else self.scratch(f"{name}/unbounded", target.shape, name)
             self.writer.operator(activation, 2 if activation in ("RELU", "RELU6") else 1, [source.index], [middle.index])
             source = middle
         self.emit_bounds(source, target, bounds, name)
 
-    def emit_bounds(self, source: Placed, target: Placed, bounds: Sequence[tuple[str, int]], name: str) -> None:
-        """A chain of MAXIMUM and MINIMUM in steps of int8 tensor `name`."""
+    def emit_bounds(self, source: Placed, target: Placed, bounds: Sequence[tuple[str, float]], name: str) -> None:
+        """A chain of MAXIMUM and MINIMUM, its bounds in the dtype of tensor `name`."""
         for position, (op, bound) in enumerate(bounds):
             after = target if position == len(bounds) - 1 else self.scratch(f"{name}/bounded", target.shape, name)
-            limit = self.writer.constant("bound", np.array([bound], np.int8), self.quantisation(name))
+            limit = self.writer.constant("bound", np.array([bound], self.spec(name).dtype), self.quantisation(name))
             self.writer.operator(op, 2, [source.index, limit], [after.index], "MaximumMinimumOptions")
             source = after
 

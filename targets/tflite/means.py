@@ -7,6 +7,8 @@ is no tie lies further from one than the last bit of float32 as long as the divi
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 
 from isthmus.graph import QuantNode
@@ -25,14 +27,48 @@ def lower_reduce_mean(lowering: Lowering, node: QuantNode) -> None:
     if len(shape) in (3, 4) and axes == list(range(2, len(shape))) and lowering.order(node.inputs[0]) is Order.LAST:
         _over_space(lowering, node)
         return
-    order = lowering.order(node.inputs[0]) if node.attributes["keepdims"] else Order.FORM
-    source, target = lowering.read(node.inputs[0], order), lowering.write(node.output, order)
+    placed = reduction(lowering, node)
+    target = lowering.write(node.output, placed.order)
     count = int(np.prod([shape[axis] for axis in axes]))
     lowering.declare(node, all_powers_of_two(lowering.graph, node) and count <= LARGEST_DIVISOR)
-    real = lowering.dequantise(source, f"{node.name}/real")
-    places = lowering.writer.constant("axes", np.array([axis_in(order, len(shape), axis) for axis in axes], np.int32))
-    total = lowering.float_operator("SUM", [real.index, places], target.shape, "ReducerOptions", keepDims=bool(node.attributes["keepdims"]))
+    real = lowering.dequantise(placed.source, f"{node.name}/real")
+    total = lowering.scratch_float("sum", target.shape)
+    emit_reduction(lowering, "SUM", placed.of(real), total)
     lowering.quantise(_divided(lowering, total, count), target)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A reduction in the file: over axes `places` of `source`, to a result that lies in `order`."""
+
+    source: Placed
+    places: tuple[int, ...]
+    keepdims: bool
+    order: Order
+
+    def of(self, source: Placed) -> Reduction:
+        """The same of another tensor of those extents."""
+        return replace(self, source=source)
+
+
+def reduction(lowering: Lowering, node: QuantNode) -> Reduction:
+    """Channels last stays so where the axes stay, and where those that are left follow each other as in the form."""
+    name, axes, keep = node.inputs[0], node.attributes["axes"], bool(node.attributes["keepdims"])
+    rank = len(lowering.spec(name).shape)
+    order = lowering.order(name)
+    if not keep and order is Order.LAST:
+        left = [axis for axis in (0, *range(2, rank), 1) if axis not in axes]
+        order = order if left == sorted(left) else Order.FORM
+    source = lowering.read(name, order)
+    places = [axis_in(order, rank, axis) for axis in axes]
+    if order is Order.LAST and rank == 3 and not keep:
+        places.append(1)  # the height of 1 that a line of pixels has in the file
+    return Reduction(source, tuple(sorted(places)), keep, order if keep else Order.FORM)
+
+
+def emit_reduction(lowering: Lowering, op: str, placed: Reduction, target: Placed) -> None:
+    axes = lowering.writer.constant("axes", np.array(placed.places, np.int32))
+    lowering.writer.operator(op, 1, [placed.source.index, axes], [target.index], "ReducerOptions", keepDims=placed.keepdims)
 
 
 def _over_space(lowering: Lowering, node: QuantNode) -> None:
@@ -99,6 +135,9 @@ def lower_resize_linear(lowering: Lowering, node: QuantNode) -> None:
         _resize(lowering, "RESIZE_BILINEAR", 3, source, target, "ResizeBilinearOptions", options)
         return
     shares = divisor & (divisor - 1) == 0
+    if node.kind == "float":
+        _resize_real(lowering, node, source, taps, options if known and shares else None, target)
+        return
     lowering.declare(node, powers and divisor <= (EXACT_FLOAT32 // 256 if shares else LARGEST_DIVISOR))
     if known and (shares or not powers):
         real = lowering.dequantise(source, f"{node.name}/real")
@@ -110,6 +149,18 @@ def lower_resize_linear(lowering: Lowering, node: QuantNode) -> None:
     for axis, tap in zip((1, 2), taps, strict=True):
         real = _weighted(lowering, real, tap, axis)
     lowering.quantise(_divided(lowering, real, divisor), target)
+
+
+def _resize_real(lowering: Lowering, node: QuantNode, source: Placed, taps: list[Taps], options: dict[str, bool] | None, target: Placed) -> None:
+    """A float island: by RESIZE_BILINEAR where its coordinates are exact in float32, as `options` says; else with whole weights and one division."""
+    if options is not None:
+        _resize(lowering, "RESIZE_BILINEAR", 3, source, target, "ResizeBilinearOptions", options)
+        return
+    for axis, tap in zip((1, 2), taps, strict=True):
+        source = _weighted(lowering, source, tap, axis)
+    none = lowering.writer.enum("ActivationFunctionType", "NONE")
+    divisor = lowering.number(taps[0].denominator * taps[1].denominator)
+    lowering.writer.operator("DIV", 1, [source.index, divisor], [target.index], "DivOptions", fusedActivationFunction=none)
 
 
 def _weighted(lowering: Lowering, x: Placed, taps: Taps, axis: int) -> Placed:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What moves int8 values and computes nothing: reshapes, transposes, cuts, joins, blocks. A move that only undoes channels-last writes no TRANSPOSE."""
+"""What moves values and computes nothing: reshapes, transposes, cuts, joins, blocks. A move that only undoes channels-last writes no TRANSPOSE."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from isthmus.graph import QuantNode
 from isthmus.targets.tflite.functions import FLOAT_FORMS
 from isthmus.targets.tflite.lowering import LAST_AXES, Lowering, Order, Placed, axis_in, moves_nothing, shape_in
 
-PASSES_COLUMNS = frozenset({"Relu", "Clip", "Requantize", *FLOAT_FORMS} - {"PRelu"})
+PASSES_COLUMNS = frozenset({"Relu", "Clip", "Requantize", "QuantizeLinear", "DequantizeLinear", *FLOAT_FORMS} - {"PRelu"})
 
 
 # ---- reshapes
@@ -76,6 +76,21 @@ def lower_expand(lowering: Lowering, node: QuantNode) -> None:
     lowering.writer.operator("BROADCAST_TO", 3, [source.index, extents], [target.index], "BroadcastToOptions")
 
 
+def lower_tile(lowering: Lowering, node: QuantNode) -> None:
+    order, rank = _kept_order(lowering, node), len(lowering.spec(node.output).shape)
+    source, target = lowering.read(node.inputs[0], order), lowering.write(node.output, order)
+    times = np.ones(len(source.shape), np.int32)
+    for axis, repeats in enumerate(node.attributes["repeats"]):
+        times[axis_in(order, rank, axis)] = repeats
+    lowering.writer.operator("TILE", 1, [source.index, lowering.writer.constant("times", times)], [target.index], "TileOptions")
+
+
+def lower_identity(lowering: Lowering, node: QuantNode) -> None:
+    """What the input lies in is the output as well."""
+    order = lowering.elementwise_order(node)
+    lowering.place(node.output, order, lowering.read(node.inputs[0], order))
+
+
 def _kept_order(lowering: Lowering, node: QuantNode) -> Order:
     """The input's order: the result has as many axes."""
     return lowering.order(node.inputs[0])
@@ -123,7 +138,7 @@ def lower_slice(lowering: Lowering, node: QuantNode) -> None:
 
 
 def lower_pad(lowering: Lowering, node: QuantNode) -> None:
-    """PAD with real zero, PADV2 with another value."""
+    """PAD with real zero, PADV2 with another value, MIRROR_PAD where a float island reflects."""
     name, order = node.inputs[0], _kept_order(lowering, node)
     source, target = lowering.read(name, order), lowering.write(node.output, order)
     rank, spec = len(lowering.spec(name).shape), lowering.spec(node.output)
@@ -131,8 +146,12 @@ def lower_pad(lowering: Lowering, node: QuantNode) -> None:
     for axis in range(rank):
         amounts[axis_in(order, rank, axis)] = node.attributes["pads"][axis], node.attributes["pads"][axis + rank]
     paddings = lowering.writer.constant("paddings", amounts)
+    if node.attributes["mode"] == "reflect":
+        mode = lowering.writer.enum("MirrorPadMode", "REFLECT")
+        lowering.writer.operator("MIRROR_PAD", 1, [source.index, paddings], [target.index], "MirrorPadOptions", mode=mode)
+        return
     value = spec.quantise(np.array([node.attributes["value"]], np.float32))
-    if int(value[0]) == int(spec.zero_point or 0):
+    if value[0] == (spec.zero_point or 0):
         lowering.writer.operator("PAD", 2, [source.index, paddings], [target.index], "PadOptions")
         return
     fill = lowering.writer.constant("fill", value, lowering.quantisation(name))

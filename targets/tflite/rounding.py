@@ -58,6 +58,8 @@ def all_powers_of_two(graph: QuantGraph, node: QuantNode) -> bool:
 
 def weighted_is_exact(graph: QuantGraph, node: QuantNode) -> bool:
     """Conv, ConvTranspose, Gemm, MatMul: powers of two, and no sum beyond 2^24 that is not saturated anyway."""
+    if node.kind == "float":
+        return True  # it rounds nothing to int8: that is said of the quantiser behind it
     assert node.weight is not None and node.weight_scale is not None
     (source, zero), (target, target_zero) = scale_and_zero(graph, node.inputs[0]), scale_and_zero(graph, node.output)
     if not all(is_power_of_two(float(scale)) for scale in (source, target, *node.weight_scale)):

@@ -7,10 +7,9 @@ import numpy as np
 
 from isthmus.graph import QuantNode
 from isthmus.kernels import conv_like_weight
-from isthmus.targets.tflite.flatbuffer import Quantisation
 from isthmus.targets.tflite.lowering import Lowering, Order, Placed
 from isthmus.targets.tflite.rounding import weighted_is_exact
-from isthmus.targets.tflite.weighted import bias_constant, emit_conv, emit_depthwise
+from isthmus.targets.tflite.weighted import bias_constant, emit_conv, emit_depthwise, kernel_constant
 from isthmus.targets.tflite.windows import Windows, plane
 
 
@@ -32,15 +31,9 @@ def _kernel(node: QuantNode) -> np.ndarray:
     weight = weight if weight.ndim == 4 else weight[:, :, np.newaxis, :]
     spread = plane(node.attributes["dilations"])
     kernel = [(extent - 1) * step + 1 for extent, step in zip(weight.shape[2:], spread, strict=True)]
-    dilated = np.zeros((*weight.shape[:2], *kernel), np.int8)
+    dilated = np.zeros((*weight.shape[:2], *kernel), weight.dtype)
     dilated[:, :, :: spread[0], :: spread[1]] = weight
     return dilated
-
-
-def _scales(node: QuantNode, filters: int) -> np.ndarray:
-    """One an output channel; groups share theirs."""
-    assert node.weight_scale is not None
-    return np.resize(node.weight_scale, filters) if node.weight_scale.size > 1 else node.weight_scale
 
 
 def _transposed(lowering: Lowering, node: QuantNode, source: Placed, target: Placed) -> None:
@@ -52,24 +45,19 @@ def _transposed(lowering: Lowering, node: QuantNode, source: Placed, target: Pla
     missing = [max(begins[axis] + target.shape[1 + axis] - reach[axis], 0) for axis in (0, 1)]
     weight = np.pad(weight, ((0, 0), (0, 0), (0, missing[0]), (0, missing[1])))
     full = (source.shape[0], reach[0] + missing[0], reach[1] + missing[1], len(weight))
-    kernel = writer.constant(f"{node.name}/weight", weight.transpose(0, 2, 3, 1), Quantisation.per_channel(_scales(node, len(weight)), len(weight), axis=0))
-    bias = bias_constant(lowering, node, len(weight))
-    cut = full == target.shape
-    whole = target if cut and not _is_clamped(node) else lowering.scratch(f"{node.name}/whole", full, node.output)
+    kernel, bias = kernel_constant(lowering, node, weight.transpose(0, 2, 3, 1), axis=0), bias_constant(lowering, node, len(weight))
+    cut, clamped = full == target.shape, lowering.clamp(node) != ("NONE", [])
+    whole = target if cut and not clamped else lowering.scratch(f"{node.name}/whole", full, node.output)
     writer.operator(
         "TRANSPOSE_CONV", 3, [writer.constant("extents", np.array(full, np.int32)), kernel, source.index, bias], [whole.index], "TransposeConvOptions",
         padding=writer.enum("Padding", "VALID"), strideH=strides[0], strideW=strides[1],
     )  # fmt: skip
     if not cut:
-        part = lowering.scratch(f"{node.name}/part", target.shape, node.output) if _is_clamped(node) else target
+        part = lowering.scratch(f"{node.name}/part", target.shape, node.output) if clamped else target
         lowering.slice(whole, part, [0, *begins, 0])
         whole = part
-    if _is_clamped(node):
-        lowering.emit_clamp(whole, target, node.clamp, node.output)
-
-
-def _is_clamped(node: QuantNode) -> bool:
-    return node.clamp != (-128, 127)
+    if clamped:
+        lowering.emit_clamp(whole, target, node)
 
 
 def _with_zeros_between(lowering: Lowering, node: QuantNode, source: Placed, target: Placed) -> None:
@@ -92,7 +80,7 @@ def _with_zeros_between(lowering: Lowering, node: QuantNode, source: Placed, tar
     point = Windows((weight.shape[2], weight.shape[3]), (1, 1), (1, 1), (0, 0), (0, 0), "VALID")
     depthwise = group == channels
     axes, axis = ((1, 2, 3, 0), 3) if depthwise else ((0, 2, 3, 1), 0)
-    kernel = lowering.writer.constant(f"{node.name}/weight", weight.transpose(axes), Quantisation.per_channel(_scales(node, filters), filters, axis=axis))
+    kernel = kernel_constant(lowering, node, weight.transpose(axes), axis)
     inputs = [spread.index, kernel, bias]
     if depthwise:
         lowering.emit_clamped(node, target, lambda out, act: emit_depthwise(lowering, inputs, out, point, filters // channels, act))

@@ -124,10 +124,13 @@ class Litert:
 
     def operators(self, plan: BuildPlan) -> list[str]:
         """The file's operators in order."""
+        return self.operators_of(plan.files[plan.artifact])
+
+    def operators_of(self, content: bytes) -> list[str]:
         from ai_edge_litert import schema_py_generated as schema
 
         names = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
-        model = self.model(plan)
+        model = schema.ModelT.InitFromPackedBuf(content)
         return [names[model.operatorCodes[node.opcodeIndex].builtinCode] for node in model.subgraphs[0].operators]
 
     def model(self, plan: BuildPlan) -> Any:
