@@ -25,7 +25,7 @@ def main() -> None:
     rows, changes = [], []
     for seed in range(given.seeds):
         with tempfile.TemporaryDirectory() as folder:
-            bundle = isthmus.compile("zoo:digits", targets=["cpu"], recipe=replace(recipe, seed=seed), output=Path(folder) / "bundle")
+            bundle = isthmus.compile("zoo:digits", targets=["cpu"], recipe=replace(recipe, seed=seed), tune=False, output=Path(folder) / "bundle")
             task = bundle.manifest["task"]
             rows.append([str(seed), f"{task['float']:.4f}", f"{task['reference']:.4f}", f"{bundle.artifact('cpu')['accuracy']:.4f}", str(task["samples"])])
             changes.append(task["reference"] - task["float"])

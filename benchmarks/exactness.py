@@ -145,7 +145,7 @@ def trained(data: Path | None) -> tuple[QuantGraph, np.ndarray, str]:
     fit(network, split, TrainConfig(epochs=3 if data else 20))
     with tempfile.TemporaryDirectory() as folder:
         example = torch.zeros(1, *split.sample_shape)
-        bundle = isthmus.compile(network, example, targets=["cpu"], data=split.x_train[:256], recipe="portable", output=Path(folder) / "bundle")
+        bundle = isthmus.compile(network, example, targets=["cpu"], data=split.x_train[:256], recipe="portable", tune=False, output=Path(folder) / "bundle")
         graph = QuantGraph.load(bundle.root / "model.onnx")
     return graph, np.concatenate([split.x_test, split.x_val, split.x_train]), split.name
 

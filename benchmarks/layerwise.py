@@ -55,7 +55,7 @@ class Network(nn.Module):
 def reports(recipe: str, folder: Path) -> list[LayerReport]:
     torch.manual_seed(0)
     samples = np.random.default_rng(0).standard_normal((SAMPLES, 1, 28, 28)).astype(np.float32)
-    bundle = pipeline.compile(Network().eval(), (torch.zeros(1, 1, 28, 28),), targets=PROFILES, data=samples, recipe=recipe, output=folder)
+    bundle = pipeline.compile(Network().eval(), (torch.zeros(1, 1, 28, 28),), targets=PROFILES, data=samples, recipe=recipe, tune=False, output=folder)
     return [verify_layers(bundle, profile) for profile in PROFILES]
 
 

@@ -127,13 +127,18 @@ def measure_interleaved(
 
 
 def measure_offline(sessions: Sequence[Session], feeds: Feeds, rules: Rules | None = None, *, meter: EnergyMeter | None = None) -> Measurement:
-    """Inferences a second of equal sessions that all run at once, a thread each. `samples_ns` are the single runs, in the order they ended in each."""
+    """Inferences a second of equal sessions that all run at once, a thread each.
+
+    `samples_ns` are the single runs, in the order they ended in each; of an engine that queues runs, what starting one took.
+    """
     rules = rules or Rules(scenario=OFFLINE)
     if not sessions:
         raise IsthmusError("nothing to measure: no session given")
     queue = checked_feeds(sessions[0].engine, sessions[0], feeds)
     conditions = host_conditions()
     series = [_Series(session, queue, time.perf_counter_ns, 1) for session in sessions]
+    for one in series:
+        one.query = one.session.run_ahead
     state = _Offline(series, rules)
     with _collector_off(), _metered(meter, rules) as energy:
         overhead_ns = _overhead_ns(time.perf_counter_ns)
@@ -361,6 +366,14 @@ class _Series:
         """One untimed query."""
         self.block(1, 1, into=array("q"))
 
+    def finish(self) -> None:
+        """Waits for the runs that are still under way: they were counted."""
+        try:
+            if not self.failure:
+                self.session.finish()
+        except Exception as error:  # noqa: BLE001 - as in `block`
+            self.failure = self.failure or f"{self.session.engine or 'the engine'} raised {type(error).__name__}: {str(error)[:300]}"
+
     def is_enough(self, count: int, duration_ns: int) -> bool:
         return bool(self.failure) or (len(self.samples_ns) >= count and self.spent_ns >= duration_ns)
 
@@ -435,6 +448,7 @@ class _Offline:
     def _stream(self, one: _Series) -> None:
         while not self.stop.is_set() and not one.failure:
             one.block(1, 1)
+        one.finish()
 
     def _enough(self, elapsed_ns: int) -> bool:
         if any(one.failure for one in self.series):

@@ -32,7 +32,7 @@ def why_not_measured(entry: Mapping[str, Any]) -> str:
     """Why an artifact has no latency on this machine; "" where it has one."""
     if not entry["runs_here"]:
         return "needs the board"
-    if getattr(import_module(f"isthmus.runtimes.{entry['engine']}"), "SIMULATOR", False):
+    if any(getattr(import_module(f"isthmus.runtimes.{part['engine']}"), "SIMULATOR", False) for part in (entry, *entry.get("parts", ()))):
         return "needs the board"  # a simulator's time says nothing about the hardware it simulates
     return ""
 
@@ -75,6 +75,7 @@ def bench_bundle(
         measurements = {name: replace(one, conditions={**one.conditions, "pinned_to": list(cpus)}) for name, one in measurements.items()}
     if against is not None:
         measurements = _compared(measurements)
+    measurements |= {profile: tuned_elsewhere(entries[profile], measurements[profile]) for profile in entries}
     for profile in entries:
         bundle = bundle.add_report(_file(profile, rules.scenario), json.dumps(measurements[profile].to_json()).encode())
     return bundle, measurements
@@ -101,8 +102,17 @@ def bench_on(
     } | ({"--pin": pin} if pin is not None else {})
     measurement = measure_on(bundle, chosen[0], host, [str(word) for pair in settings.items() for word in pair], say)
     measurement = replace(measurement, conditions={**measurement.conditions, "measured_over_ssh_on": host.address})
+    measurement = tuned_elsewhere(bundle.artifact(chosen[0]), measurement)
     bundle = bundle.add_report(_file(chosen[0], rules.scenario), json.dumps(measurement.to_json()).encode())
     return bundle, {chosen[0]: measurement}
+
+
+def tuned_elsewhere(entry: Mapping[str, Any], measurement: Measurement) -> Measurement:
+    """With `tuned_on` in its conditions where the artifact was tuned on another processor than it was measured on."""
+    tuned_on = (entry.get("tuning") or {}).get("cpu_model")
+    if tuned_on in (None, measurement.conditions.get("cpu_model")):
+        return measurement
+    return replace(measurement, conditions={**measurement.conditions, "tuned_on": tuned_on})
 
 
 def read_measurements(bundle: Bundle) -> dict[str, Measurement]:
@@ -145,6 +155,9 @@ def latency_table(measurements: Mapping[str, Measurement]) -> str:
         ratio = m.conditions.get("against")
         if ratio:
             lines.append(f"{name} takes {ratio['ratio']:.3f} times as long as {ratio['name']} (95 % interval {ratio['low']:.3f} to {ratio['high']:.3f})")
+        if m.conditions.get("tuned_on"):
+            here = m.conditions.get("cpu_model") or "an unknown processor"
+            lines.append(f"note: {name} was tuned on {m.conditions['tuned_on']}, and this is {here}: compile it here for the artifact that is fastest here")
     return "\n".join(lines)
 
 
@@ -162,7 +175,7 @@ def _measurable(bundle: Bundle, profiles: Sequence[str]) -> dict[str, Any]:
 
 def _opened(stack: ExitStack, bundle: Bundle, profile: str, threads: int, trust: bool) -> tuple[Session, list[Arrays]]:
     session = stack.enter_context(bundle.open_session(profile, threads, trust))
-    return session, raw_feeds(session, bundle.golden())
+    return session, raw_feeds(session, bundle.golden(profile))
 
 
 def _alone(bundle: Bundle, profile: str, rules: Rules, streams: int | None, meter: EnergyMeter | None, loadgen: bool, trust: bool) -> Measurement:

@@ -22,6 +22,7 @@ import numpy as np
 
 from isthmus.errors import IsthmusError
 from isthmus.session import Session
+from isthmus.spec import TensorSpec
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -72,14 +73,30 @@ class Bundle:
         """The int8 form."""
         return self.root / "model.onnx"
 
-    def golden(self) -> dict[str, np.ndarray]:
-        """`input/<name>` and `output/<name>`: raw arrays (N, ...) in the form's layout; `label` where the samples have one."""
-        file = self.root / "golden.npz"
-        with np.load(file, allow_pickle=False) as archive:
-            total = sum(info.file_size for info in archive.zip.infolist()) if archive.zip is not None else 0
-            if total > MAX_GOLDEN_BYTES:
-                raise IsthmusError(f"{file}: unpacks to {total} bytes, more than {MAX_GOLDEN_BYTES}")
-            return {name: archive[name] for name in archive.files}
+    def form(self, profile: str = "") -> Path | None:
+        """The int8 form that an artifact computes: the bundle's, or its own where tuning took another scheme; None where it runs the float model."""
+        own = self._own_reference(profile)
+        if not own:
+            return self.model
+        return self.folder(profile) / own["form"] if own["form"] else None
+
+    def output_specs(self, profile: str = "") -> tuple[TensorSpec, ...]:
+        """The outputs that an artifact is compared by, in the form's layout."""
+        own = self._own_reference(profile)
+        return tuple(TensorSpec.from_json(spec) for spec in (own or self.manifest["graph"])["outputs"])
+
+    def golden(self, profile: str = "") -> dict[str, np.ndarray]:
+        """`input/<name>` and `output/<name>`: raw arrays (N, ...) in the form's layout; `label` where the samples have one.
+
+        With a profile: its own, where the artifact computes something else than the bundle's form.
+        """
+        own = self._own_reference(profile)
+        file = self.folder(profile) / own["golden"] if own else self.root / "golden.npz"
+        return load_golden(file)
+
+    def _own_reference(self, profile: str) -> Mapping[str, Any]:
+        """Empty where the artifact computes the bundle's form."""
+        return self.artifact(profile).get("reference") or {} if profile else {}
 
     def open_session(self, profile: str, threads: int = 1, trust: bool = False) -> Session:
         """The artifact in its engine.
@@ -90,7 +107,7 @@ class Bundle:
         if threads < 1:
             raise IsthmusError(f"threads: expected at least 1, found {threads}")
         entry = self.artifact(profile)
-        if not entry["runs_here"]:
+        if not entry["runs_here"] and not self._built_since(profile, entry):
             left = "; ".join(" ".join(step["argv"]) for step in entry.get("planned", ()))
             raise IsthmusError(f"the artifact for {profile} needs the board{f': there, in artifacts/{profile}, run {left}' if left else ''}")
         name = entry["engine"]
@@ -107,8 +124,14 @@ class Bundle:
             )
         if not hasattr(engine, "open_session"):
             raise IsthmusError(f"{self.root}: engine {name!r} is no engine's name")
-        session: Session = engine.open_session(self.folder(profile), entry, threads)
+        # What a board builds later stands in no manifest: its engine seals and checks it itself.
+        trusted = (trust,) if getattr(engine, "SEALS_WHAT_IT_BUILDS", False) else ()
+        session: Session = engine.open_session(self.folder(profile), entry, threads, *trusted)
         return session
+
+    def _built_since(self, profile: str, entry: Mapping[str, Any]) -> bool:
+        """Whether a step that was left for the board has been done in this very folder."""
+        return any((self.folder(profile) / output).is_file() for step in entry.get("planned", ()) for output in step["outputs"])
 
     def built_here(self) -> bool:
         """Whether the manifest carries the seal of this user's own key: then its native code is this user's own."""
@@ -183,6 +206,15 @@ class BundleWriter:
         return Bundle(self.path, sealed.manifest)
 
 
+def load_golden(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a golden file. Raises `IsthmusError` where it unpacks to more than `MAX_GOLDEN_BYTES`."""
+    with np.load(file, allow_pickle=False) as archive:
+        total = sum(info.file_size for info in archive.zip.infolist()) if archive.zip is not None else 0
+        if total > MAX_GOLDEN_BYTES:
+            raise IsthmusError(f"{file}: unpacks to {total} bytes, more than {MAX_GOLDEN_BYTES}")
+        return {name: archive[name] for name in archive.files}
+
+
 def _read_manifest(root: Path) -> dict[str, Any]:
     file = root / MANIFEST
     if not root.exists():
@@ -230,6 +262,16 @@ def _check_entry(profile: Any, entry: Any, files: Mapping[str, Any]) -> None:
         raise IsthmusError(f"artifact {profile!r}: its manifest entry is not complete; compile again")
     if f"artifacts/{profile}/{entry['artifact']}" not in files:
         raise IsthmusError(f"artifact {profile!r}: {entry['artifact']!r} is not among the bundle's files; compile again")
+    if entry.get("reference") is not None:
+        _check_reference(profile, entry["reference"], files)
+
+
+def _check_reference(profile: Any, own: Any, files: Mapping[str, Any]) -> None:
+    if not isinstance(own, dict) or not isinstance(own.get("outputs"), list) or "form" not in own:
+        raise IsthmusError(f"artifact {profile!r}: field 'reference' of its manifest entry is not complete; compile again")
+    for name in (own.get("golden"), *([own["form"]] if own["form"] is not None else [])):
+        if f"artifacts/{profile}/{name}" not in files:
+            raise IsthmusError(f"artifact {profile!r}: {name!r} is not among the bundle's files; compile again")
 
 
 def _sha256(file: Path) -> str:

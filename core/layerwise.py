@@ -91,8 +91,11 @@ class LayerReport:
 
 def verify_layers(bundle: Bundle, profile: str) -> LayerReport:
     """Runs the golden inputs through the artifact, layer by layer. Raises `IsthmusError` on an unknown profile, or where nothing here computes."""
-    entry, graph = bundle.artifact(profile), QuantGraph.load(bundle.model)
-    feeds = {name.partition("/")[2]: array for name, array in bundle.golden().items() if name.startswith("input/")}
+    entry, form = bundle.artifact(profile), bundle.form(profile)
+    if form is None:
+        raise IsthmusError(f"{profile}: runs the float model, so there are no int8 layers to compare; compile with --no-tune for an int8 artifact")
+    graph = QuantGraph.load(form)
+    feeds = {name.partition("/")[2]: array for name, array in bundle.golden(profile).items() if name.startswith("input/")}
     if entry["engine"] == "null":
         raise IsthmusError(f"{profile}: computes nothing, so there are no layers to compare")
     exposed = _exposed(bundle, profile, entry, graph)
@@ -118,9 +121,10 @@ def _exposed(bundle: Bundle, profile: str, entry: Mapping[str, Any], graph: Quan
         content = (folder / entry["artifact"]).read_bytes()
         exposure: Exposure = import_module("isthmus.targets.tflite.expose").expose(content, graph, entry.get("options", {}))
         return exposure, engine, "a copy of the artifact whose int8 tensors are outputs: XNNPACK merges no operators across those"
-    if engine == "onnxruntime":
+    if engine in ("onnxruntime", "openvino"):
         exposure = expose_onnx((folder / entry["artifact"]).read_bytes(), graph)
-        return exposure, engine, "a copy of the artifact whose int8 tensors are outputs: ONNX Runtime merges no operators across those"
+        runtime = "ONNX Runtime" if engine == "onnxruntime" else "OpenVINO"
+        return exposure, engine, f"a copy of the artifact whose int8 tensors are outputs: {runtime} merges no operators across those"
     if engine == "tensorrt" and (folder / GRAPH_FILE).is_file():
         exposure = expose_onnx((folder / GRAPH_FILE).read_bytes(), graph)
         return exposure, "onnxruntime", "the lowered graph in ONNX Runtime without optimisations: it says nothing of the engine that the board builds from it"

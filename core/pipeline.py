@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +13,28 @@ import numpy as np
 import onnx
 
 import isthmus
-from isthmus import reference
+from isthmus.artifact import Job, accuracy_of, build, check_artifact, golden_side, make_golden, save_golden
 from isthmus.auto_recipe import MAX_DROP, base_recipe, climb, is_auto
 from isthmus.bench_bundle import bench_bundle, why_not_measured
 from isthmus.bundle import Bundle, BundleWriter
 from isthmus.compare import FLOAT_TOLERANCE, Comparison, compare_outputs, top1_accuracy
 from isthmus.dataset import Dataset, Preprocess, from_arrays, load_data
 from isthmus.errors import IsthmusError, Problem, ProblemsError, VerificationError
+from isthmus.float_model import run_float
+from isthmus.form_file import load_form, run_reference
 from isthmus.graph import QuantGraph
 from isthmus.holdout import hold_out
-from isthmus.plan import BuildPlan, StepResult, execute
+from isthmus.onnx_file import load_onnx
 from isthmus.post_training import PostTraining
-from isthmus.profile import Profile, load_profile
+from isthmus.profile import load_profile
 from isthmus.recipe import Recipe, load_recipe
 from isthmus.registry import load_target
 from isthmus.report_bundle import add_report
 from isthmus.source import Say, Source, load_source
-from isthmus.target import Target
+from isthmus.split_bundle import Halves, build_split, compare_parts
 from isthmus.tools import find_tool, tool_names
-
-GOLDEN_SAMPLES = 512
-GOLDEN_BYTES = 64 * 2**20
-STRESS_SAMPLES = 16
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One artifact to make."""
-
-    profile: Profile
-    target: Target
-    options: Mapping[str, Any]
+from isthmus.tree_bundle import compile_trees, is_tree_model
+from isthmus.tuning import TUNED_TARGET, Tuning
 
 
 def compile(  # noqa: A001  # the public name is the verb; nobody imports it bare
@@ -59,6 +50,9 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
     preprocess: Preprocess | str | None = None,
     options: Mapping[str, Any] | None = None,
     data_root: str | Path | None = None,
+    tune: bool = True,
+    threads: int = 1,
+    split: Sequence[str] = (),
     bench: bool = False,
     force: bool = False,
     say: Say | None = None,
@@ -68,8 +62,9 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
     `data` is a path (.npz, .npy, folder of images), an array, or arrays by input name, (N, ...) in NCHW: needed where the model is not int8
     yet. `recipe` is one, or the name or file of one; "auto" (or "auto:NAME", to start from another scheme) climbs to the first recipe whose
     accuracy is at most `max_drop` (0.005) below the float model's. `options` are target options, "name" for all targets that have it. `data_root`
-    holds the data set's own files of a zoo system, which is otherwise trained on what comes along. `bench` measures what runs here. Nothing is
-    written unless everything held.
+    holds the data set's own files of a zoo system, which is otherwise trained on what comes along. `tune` lets target cpu take the fastest of several
+    artifacts on this machine, run on `threads` (`isthmus.tuning`). `split` names tensors: each target takes the network up to
+    there, the processor of its host the rest. `bench` measures what runs here. Nothing is written unless everything held.
 
     Raises `IsthmusError` (bad input), `ProblemsError` (every reason why a graph or target cannot do it), `VerificationError` (an artifact
     computes something else than the reference).
@@ -79,7 +74,13 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
     if max_drop is not None and not automatic:
         raise IsthmusError("--max-drop says when --recipe auto may stop; with another recipe it has no meaning")
     recipe = base_recipe(str(recipe)) if automatic else load_recipe(recipe) if isinstance(recipe, str) else recipe
+    if threads < 1:
+        raise IsthmusError(f"--threads {threads}: target cpu is tuned for at least 1")
     preprocess = Preprocess.parse(preprocess) if isinstance(preprocess, str) else preprocess
+    if is_tree_model(model):
+        if split:
+            raise IsthmusError("--split cuts a network at a tensor; a tree model has none")
+        return compile_trees(model, targets, data, options or {}, output, bench=bench, force=force, say=tell)
     jobs = _jobs(targets, options or {})
     with BundleWriter(output, force) as writer:
         source = load_source(model, example_inputs, shapes or {}, recipe, tell, data_root)
@@ -96,20 +97,24 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
         else:
             graph, notes = _quantised(source, calibration, recipe, tell)
         graph.verify()
-        _check(graph, jobs)
+        halves = Halves.of(graph, split) if split else None
+        _check(_problems(graph, jobs) if halves is None else halves.problems(jobs))
 
         tell("running the integer reference", None)
         golden = make_golden(graph, evaluation)
         graph.save(writer.folder / "model.onnx")
-        np.savez_compressed(writer.folder / "golden.npz", **golden)  # type: ignore[arg-type]  # numpy's stub confuses **arrays with allow_pickle
+        save_golden(writer.folder / "golden.npz", golden)
         entries = {}
         for job in jobs:
             tell(f"{job.profile.name}: building ({job.target.name})", None)
-            entries[job.profile.name] = _build(graph, job, writer.folder / "artifacts" / job.profile.name)
+            folder = writer.folder / "artifacts" / job.profile.name
+            entries[job.profile.name] = build(graph, job, folder) if halves is None else build_split(halves, job, golden, folder)
         for name, entry in entries.items():
             if entry["runs_here"]:
                 tell(f"{name}: verifying against the reference", None)
-                _verify_entry(writer.folder / "artifacts" / name, name, entry, graph, golden)
+                check_artifact(writer.folder / "artifacts" / name, name, entry, graph.outputs, golden)
+        if tune and halves is None:
+            entries |= _tuned(source, graph, golden, calibration, evaluation, max_drop, jobs, entries, writer.folder / "artifacts", threads, tell)
         manifest = {
             "name": source.name,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -140,58 +145,45 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
 def verify(bundle: Bundle, profiles: Sequence[str] = (), trust: bool = False) -> dict[str, list[Comparison]]:
     """Runs the golden inputs through each artifact that can run here and compares anew; profile -> one comparison an output.
 
-    An artifact that needs its board gives an empty list. Also checks that the form is still the form and that the golden outputs are the
-    reference's. Raises `VerificationError` where those two disagree, `IsthmusError` on an unknown profile.
+    An artifact that needs its board gives an empty list; one of two parts ("--split") is followed by each part alone. Also checks that the form
+    is still the form and that the golden outputs are the reference's. Raises `VerificationError` where those two disagree, `IsthmusError` on an
+    unknown profile.
     """
-    graph = QuantGraph.load(bundle.model)
-    golden = bundle.golden()
-    expected = _golden_side(golden, "output")
-    again = reference.run(graph, _golden_side(golden, "input"))
-    broken = [c for c in compare_outputs(graph.outputs, again, expected) if not c.passed]
-    if broken:
-        raise VerificationError(f"{bundle.root}: golden.npz is not what the reference computes for {broken[0].tensor!r}; compile again")
+    _check_golden(bundle, "")
     results: dict[str, list[Comparison]] = {}
     for profile in profiles or bundle.profiles:
         entry = bundle.artifact(profile)
         if not entry["runs_here"]:
             results[profile] = []
             continue
+        if "reference" in entry:
+            _check_golden(bundle, profile)
+        golden = bundle.golden(profile)
         with bundle.open_session(profile, trust=trust) as session:
-            results[profile] = compare_outputs(
-                graph.outputs, expected, session.run_samples(_golden_side(golden, "input")), entry["max_lsb_allowed"], entry["float_tolerance"]
-            )
+            actual = session.run_samples(golden_side(golden, "input"))
+        expected, allowed = golden_side(golden, "output"), entry["max_lsb_allowed"]
+        results[profile] = compare_outputs(bundle.output_specs(profile), expected, actual, allowed, entry["float_tolerance"])
+        results |= compare_parts(bundle.folder(profile), profile, entry)
     return results
 
 
-def make_golden(graph: QuantGraph, evaluation: Dataset | None) -> dict[str, np.ndarray]:
-    """Raw inputs, the reference's raw outputs, labels (-1 where there is none): real samples, then uniform noise over all of int8 and both extremes.
-
-    The noise reaches saturation and ties that well-behaved samples do not.
-    """
-    batch = graph.inputs[0].shape[0]
-    bytes_each = sum(spec.size for spec in (*graph.inputs, *graph.outputs)) * 4 // batch
-    real = min(GOLDEN_SAMPLES, max(batch, GOLDEN_BYTES // max(1, bytes_each)), len(evaluation) if evaluation else 0) // batch * batch
-    stress = max(STRESS_SAMPLES // batch, 1) * batch
-    generator = np.random.default_rng(0)
-    feeds = {}
-    for spec in graph.inputs:
-        shape = (stress, *spec.shape[1:])
-        if spec.is_quantised:
-            noise = [generator.integers(-128, 128, shape, np.int8), np.full((batch, *shape[1:]), -128, np.int8), np.full((batch, *shape[1:]), 127, np.int8)]
-        else:
-            noise = [generator.standard_normal(shape).astype(np.float32), np.zeros((2 * batch, *shape[1:]), np.float32)]
-        samples = [spec.quantise(evaluation.samples[spec.name][:real])] if evaluation and real else []
-        feeds[spec.name] = np.concatenate([*samples, *noise])
-    total = len(next(iter(feeds.values())))
-    labels = np.full(total, -1, np.int64)
-    if evaluation is not None and evaluation.labels is not None:
-        labels[:real] = evaluation.labels[:real]
-    outputs = reference.run(graph, feeds)
-    return {f"input/{name}": array for name, array in feeds.items()} | {f"output/{name}": array for name, array in outputs.items()} | {"label": labels}
+def _check_golden(bundle: Bundle, profile: str) -> None:
+    """That golden outputs are what they say: the integer reference's, or of an artifact that runs the float model, that model's node by node."""
+    golden, form = bundle.golden(profile), bundle.form(profile)
+    feeds, tolerance = golden_side(golden, "input"), FLOAT_TOLERANCE
+    if form is None:
+        entry = bundle.artifact(profile)
+        again, tolerance = run_float(load_onnx(str(bundle.folder(profile) / entry["artifact"])), feeds, optimise=False), entry["float_tolerance"]
+    else:
+        again = run_reference(load_form(form), feeds)
+    broken = [c for c in compare_outputs(bundle.output_specs(profile), again, golden_side(golden, "output"), 0, tolerance) if not c.passed]
+    if broken:
+        where = f"golden.npz of {profile}" if profile else "golden.npz"
+        raise VerificationError(f"{bundle.root}: {where} is not what the reference computes for {broken[0].tensor!r}; compile again")
 
 
 # ---- the stages
-def _jobs(targets: Sequence[str], options: Mapping[str, Any]) -> list[_Job]:
+def _jobs(targets: Sequence[str], options: Mapping[str, Any]) -> list[Job]:
     """Profiles and targets, looked up before anything slow starts. An option must be known to at least one of the targets."""
     if not targets:
         raise IsthmusError("no target: name at least one profile (--target cpu; 'isthmus targets' lists all)")
@@ -204,7 +196,7 @@ def _jobs(targets: Sequence[str], options: Mapping[str, Any]) -> list[_Job]:
     jobs = []
     for profile, target in zip(profiles, loaded, strict=True):
         own = {name: value for name, value in options.items() if name in target.options}
-        jobs.append(_Job(profile, target, target.with_defaults({**profile.defaults, **own})))
+        jobs.append(Job(profile, target, target.with_defaults({**profile.defaults, **own}), bool(own)))
     return jobs
 
 
@@ -249,7 +241,7 @@ def _quantised(source: Source, calibration: Dataset | None, recipe: Recipe, say:
 
 
 def _quantised_automatically(
-    source: Source, calibration: Dataset | None, evaluation: Dataset | None, base: Recipe, max_drop: float, jobs: Sequence[_Job], say: Say
+    source: Source, calibration: Dataset | None, evaluation: Dataset | None, base: Recipe, max_drop: float, jobs: Sequence[Job], say: Say
 ) -> tuple[QuantGraph, list[str]]:
     if source.float_model is None:
         raise IsthmusError(f"{source.name} is int8 already: --recipe auto chooses how to quantise a float model")
@@ -260,87 +252,38 @@ def _quantised_automatically(
     return climb(PostTraining(source.float_model, calibration, say), evaluation, base, max_drop, lambda graph: _problems(graph, jobs), say, trained)
 
 
-def _problems(graph: QuantGraph, jobs: Sequence[_Job]) -> list[Problem]:
+def _problems(graph: QuantGraph, jobs: Sequence[Job]) -> list[Problem]:
     return [replace(problem, node=f"{job.profile.name}: {problem.node}") for job in jobs for problem in job.target.check(graph, job.profile)]
 
 
-def _check(graph: QuantGraph, jobs: Sequence[_Job]) -> None:
+def _check(problems: Sequence[Problem]) -> None:
     """All reasons of all targets at once, before the first slow tool starts."""
-    problems = _problems(graph, jobs)
     if problems:
         raise ProblemsError("this graph cannot be compiled", problems)
 
 
-def _build(graph: QuantGraph, job: _Job, folder: Path) -> dict[str, Any]:
-    """Plans, executes, and gives the artifact's manifest entry."""
-    plan = job.target.plan(graph, job.profile, job.options)
-    folder.mkdir(parents=True)
-    results = execute(plan, folder)
-    return _entry(plan, job, results, folder, _float_tolerance(graph, plan.max_lsb))
-
-
-def _entry(plan: BuildPlan, job: _Job, results: Sequence[StepResult], folder: Path, float_tolerance: float) -> dict[str, Any]:
-    return {
-        "target": job.target.name,
-        "board": job.profile.board,
-        "arch": job.profile.arch,
-        "artifact": plan.artifact,
-        "engine": plan.engine,
-        "size_bytes": (folder / plan.artifact).stat().st_size,
-        "plan": plan.digest(),
-        "inputs": [spec.to_json() for spec in plan.inputs],
-        "outputs": [spec.to_json() for spec in plan.outputs],
-        "options": dict(plan.options),
-        "runs_here": plan.runs_here,
-        "max_lsb_allowed": plan.max_lsb,
-        "float_tolerance": float_tolerance,
-        "why_lsb": plan.why_lsb,
-        "steps": [asdict(result) for result in results],
-        "planned": [asdict(step) for step in plan.steps if step.where != "host"],
-        "notes": list(plan.notes),
-        "verification": [],
-        "accuracy": None,
-    }
-
-
-def _verify_entry(folder: Path, name: str, entry: dict[str, Any], graph: QuantGraph, golden: Mapping[str, np.ndarray]) -> None:
-    """Fills in what the artifact computed; a difference beyond what the target declared ends the compile."""
-    from importlib import import_module
-
-    engine = import_module(f"isthmus.runtimes.{entry['engine']}")
-    with engine.open_session(folder, entry, 1) as session:
-        actual = session.run_samples(_golden_side(golden, "input"))
-    comparisons = compare_outputs(graph.outputs, _golden_side(golden, "output"), actual, entry["max_lsb_allowed"], entry["float_tolerance"])
-    entry["verification"] = [comparison.to_json() for comparison in comparisons]
-    for comparison in comparisons:
-        if not comparison.passed:
-            raise VerificationError(
-                f"{name}: output {comparison.tensor!r} differs from the integer reference in {comparison.mismatched} of {comparison.compared} elements,"
-                f" at most by {comparison.max_lsb or comparison.max_abs} ({'steps' if comparison.kind == 'int8' else 'absolute'});"
-                f" allowed: {entry['max_lsb_allowed']}"
+def _tuned(
+    source: Source,
+    graph: QuantGraph,
+    golden: Mapping[str, np.ndarray],
+    calibration: Dataset | None,
+    evaluation: Dataset | None,
+    max_drop: float | None,
+    jobs: Sequence[Job],
+    entries: Mapping[str, dict[str, Any]],
+    artifacts: Path,
+    threads: int,
+    say: Say,
+) -> dict[str, dict[str, Any]]:
+    """The entries of target cpu as tuning leaves them. Where the user set an option of that target he has chosen himself."""
+    quantiser = PostTraining(source.float_model, calibration, say) if source.float_model is not None and calibration is not None else None
+    found = {}
+    for job in jobs:
+        if job.target.name == TUNED_TARGET and not job.chosen:
+            found[job.profile.name] = Tuning(graph, golden, evaluation, quantiser, source.float_model, max_drop, job, threads, say).run(
+                entries[job.profile.name], artifacts / job.profile.name
             )
-    entry["accuracy"] = _accuracy(next(iter(actual.values())), golden["label"])
-
-
-def _float_tolerance(graph: QuantGraph, max_lsb: int) -> float:
-    """A float tail may differ by as much as the steps it is allowed to be fed, and by what its weights make of them."""
-    steps = [float(graph.tensors[node.inputs[0]].scale or 0) for node in graph.nodes if node.op == "DequantizeLinear"]
-    return FLOAT_TOLERANCE + max_lsb * max(steps, default=0.0) * _tail_gain(graph)
-
-
-def _tail_gain(graph: QuantGraph) -> float:
-    """How much layers with weights that end the graph in float can enlarge a difference in every input: their largest sum of magnitudes an output."""
-    largest = 1.0
-    for spec in graph.outputs:
-        gain, node = 1.0, graph.producer(spec.name)
-        while node is not None and node.kind == "float" and node.inputs:
-            weight = node.constants.get(1)
-            if node.op in ("Conv", "Gemm", "MatMul") and weight is not None and weight.ndim >= 2:
-                by_output = weight.T if node.op == "MatMul" or (node.op == "Gemm" and not node.attributes.get("transB", 0)) else weight
-                gain *= max(1.0, float(np.abs(by_output).reshape(len(by_output), -1).sum(axis=1).max()))
-            node = graph.producer(node.inputs[0])
-        largest = max(largest, gain)
-    return largest
+    return found
 
 
 def _task(float_model: onnx.ModelProto | None, graph: QuantGraph, evaluation: Dataset | None, golden: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
@@ -354,20 +297,9 @@ def _task(float_model: onnx.ModelProto | None, graph: QuantGraph, evaluation: Da
         "metric": "top-1 accuracy",
         "samples": int(known.sum()),
         "float": None,
-        "reference": _accuracy(golden[f"output/{first}"], labels),
+        "reference": accuracy_of(golden[f"output/{first}"], labels),
     }
     if float_model is not None:
-        from isthmus.float_model import run_float
-
         real = {name: array[: int(known.sum())] for name, array in evaluation.samples.items()}
         result["float"] = top1_accuracy(next(iter(run_float(float_model, real).values())), labels[known])
     return result
-
-
-def _accuracy(outputs: np.ndarray, labels: np.ndarray) -> float | None:
-    known = labels >= 0
-    return top1_accuracy(outputs[known], labels[known]) if known.any() else None
-
-
-def _golden_side(golden: Mapping[str, np.ndarray], side: str) -> dict[str, np.ndarray]:
-    return {name.partition("/")[2]: array for name, array in golden.items() if name.startswith(f"{side}/")}

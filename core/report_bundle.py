@@ -55,6 +55,7 @@ def summary(bundle: Bundle) -> dict[str, Any]:
             "needs_board": bool(why_not_measured(entry)),
             "steps": entry["steps"],
             "notes": entry["notes"],
+            "tuning": entry.get("tuning"),
         }
     return {
         "bundle": str(bundle.root),
@@ -79,11 +80,21 @@ def table(bundle: Bundle) -> str:
         simulated = ["compared and judged in its C simulation"] if entry["engine"] in SIMULATIONS else []
         place = "the vendor's tool" if entry["engine"] in SIMULATIONS else "the board"
         left = [f"left for {place}: {', '.join(planned)}"] if planned else []
-        remarks = [*done[-1:], *simulated, *skipped, *left]
+        remarks = [*_tuned(entry), *done[-1:], *simulated, *skipped, *left]
         if remarks:
             lines.append(f"{name}: {'; '.join(remarks)}")
     lines += [f"note: {note}" for note in bundle.manifest["notes"]]
     return "\n".join(lines)
+
+
+def _tuned(entry: Mapping[str, Any]) -> list[str]:
+    """What tuning took, and how much faster that is; nothing where the artifact was not tuned."""
+    tuning = entry.get("tuning")
+    if not tuning:
+        return []
+    taken = next(one for one in tuning["candidates"] if one["taken"])
+    faster = f", {taken['ratio']['ratio']:.2f} times the untuned artifact's time" if taken["ratio"] else " (nothing was faster)"
+    return [f"tuned on {tuning['cpu_model']}: {taken['candidate']}{faster}, {tuning['metric']} {taken['score']:.4f} (untuned {tuning['untuned_score']:.4f})"]
 
 
 def _accuracy_lines(manifest: Mapping[str, Any]) -> list[str]:

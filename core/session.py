@@ -25,7 +25,7 @@ class Session:
     form's layout (NCHW); `run_raw` takes and gives exactly what the specs say (int8, the engine's layout), with no check and
     no copy beyond the engine's own: it is what the harness times.
 
-    An engine subclasses this, fills `_run_raw` and `_close`, and may override `per_layer`.
+    An engine subclasses this, fills `_run_raw` and `_close`, and may override `per_layer`; one that queues runs overrides `run_ahead` and `finish`.
     """
 
     engine: str = ""
@@ -34,6 +34,7 @@ class Session:
         self.inputs = inputs
         self.outputs = outputs
         self._closed = False
+        self._last: dict[str, np.ndarray] = {}
 
     # ---- what an engine fills in
     def _run_raw(self, feeds: Arrays) -> dict[str, np.ndarray]:
@@ -46,6 +47,14 @@ class Session:
     def run_raw(self, feeds: Arrays) -> dict[str, np.ndarray]:
         """Raw in, raw out (int8 where the spec is int8), in the engine's layout. Outputs may be views that the next run overwrites."""
         return self._run_raw(feeds)
+
+    def run_ahead(self, feeds: Arrays) -> None:
+        """Starts a run that may still be under way when this comes back: what Offline calls. An engine without a queue runs at once."""
+        self._last = self.run_raw(feeds)
+
+    def finish(self) -> dict[str, np.ndarray]:
+        """Waits for all that `run_ahead` started; gives the raw outputs of the last."""
+        return self._last
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         """float32 in, float32 out, form layout: quantises, permutes, checks names, shapes, dtypes and NaN.

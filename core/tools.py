@@ -43,11 +43,13 @@ class _ProgramTool:
 
 _PYTHON = {
     "onnxruntime": _PythonTool("onnxruntime", "onnxruntime", "pip install 'isthmus[runtime-onnx]'", "runs the cpu artifact"),
+    "openvino": _PythonTool("openvino", "openvino", "pip install 'isthmus[openvino]'", "runs the cpu artifact where that is faster"),
     "litert": _PythonTool("ai_edge_litert", "ai-edge-litert", "pip install 'isthmus[tflite]'", "runs the .tflite artifact"),
     "tensorrt_rtx": _PythonTool(
         "tensorrt_rtx", "tensorrt-rtx-cu13", "pip install 'isthmus[tensorrt-check]'", "compiles the Jetson graph ahead of time, as a check"
     ),
     "hls4ml": _PythonTool("hls4ml", "hls4ml", "pip install 'isthmus[fpga]'", "writes the HLS project"),
+    "conifer": _PythonTool("conifer", "conifer", "pip install 'isthmus[trees]'", "writes the HLS project of a tree model"),
     "loadgen": _PythonTool("mlperf_loadgen", "mlcommons-loadgen", "pip install 'isthmus[bench]'", "issues the queries of `bench --loadgen`"),
     "torch": _PythonTool("torch", "torch", "pip install 'isthmus[train]' -c constraints.txt", "trains and exports"),
     "brevitas": _PythonTool("brevitas", "brevitas", "pip install 'isthmus[train]' -c constraints.txt", "quantisation-aware training"),

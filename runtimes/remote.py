@@ -34,16 +34,28 @@ REPLY_BYTES = 2**27
 CONNECT_TIMEOUT_S = 15
 COMMAND_TIMEOUT_S = 600.0
 INSTALL_TIMEOUT_S = 1800.0
+BUILD_TIMEOUT_S = 7200.0
+SSH_FAILED = 255  # what ssh itself ends with where the connection fails or ends
 BLOCK_BYTES = 2**18
 
 # user@board, board, an address or a name of ~/.ssh/config: nothing that ssh could take for an option.
 _HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9\[][A-Za-z0-9_.:\[\]%-]*")
 # What brings each engine to a board, and the module that shows whether it is there.
-ENGINES = {"tflite": ("ai_edge_litert", "ai-edge-litert"), "onnxruntime": ("onnxruntime", "onnxruntime"), "tensorrt": ("tensorrt", ""), "null": ("numpy", "")}
+ENGINES = {
+    "tflite": ("ai_edge_litert", "ai-edge-litert"),
+    "onnxruntime": ("onnxruntime", "onnxruntime"),
+    "openvino": ("openvino", "openvino"),
+    "tensorrt": ("tensorrt", ""),
+    "null": ("numpy", ""),
+}
 # What of the core a device needs beside `runtimes`.
 DEVICE_FILES = ("__init__", "errors", "spec", "session", "bundle", "compare", "bench", "measurement", "conditions", "affinity", "loadgen")
 
 Say = Callable[[str, float | None], None]
+
+
+class LostConnectionError(IsthmusError):
+    """ssh could not connect, or the connection ended."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +115,6 @@ def _prepared(bundle: Bundle, profile: str, host: Host, say: Say) -> tuple[str, 
     entry = bundle.artifact(profile)
     if entry["engine"] not in ENGINES:
         raise IsthmusError(f"{profile}: its engine {entry['engine']!r} does not run on a board over ssh")
-    if not entry["runs_here"]:
-        raise IsthmusError(f"{profile}: its artifact is built on the board first: 'python -m isthmus.runtimes build' there")
     archive, wheel = _archive(bundle, profile), runtime_wheel()
     sent = {_digest(content): content for content in (archive, wheel)}
     say(f"{host.address}: connecting", None)
@@ -118,7 +128,18 @@ def _prepared(bundle: Bundle, profile: str, host: Host, say: Say) -> tuple[str, 
     say(f"{host.address}: making the environment", None)
     module, distribution = ENGINES[entry["engine"]]
     python = _board(host, ["environment", ROOT, placed, module, distribution], INSTALL_TIMEOUT_S)["python"]
+    if not entry["runs_here"]:
+        _built(host, [python, "-m", "isthmus.runtimes", "build", folder, "-t", profile, "--wait"], say)
     return str(python), str(folder)
+
+
+def _built(host: Host, words: Sequence[str], say: Say) -> None:
+    """What only the board can build, built there: minutes the first time, nothing where it is there already."""
+    say(f"{host.address}: building the engines, which takes minutes the first time", None)
+    try:
+        _json(host, words, BUILD_TIMEOUT_S)
+    except LostConnectionError as error:
+        raise LostConnectionError(f"{error}; the build goes on there: the same command waits for it and goes on from it") from None
 
 
 def _check_board(board: Mapping[str, Any], entry: Mapping[str, Any], profile: str, host: Host, size_bytes: int) -> None:
@@ -236,6 +257,8 @@ def _json(host: Host, words: Sequence[str], timeout_s: float, stdin: bytes = b""
     except (ValueError, RecursionError):
         reply = None
     if not isinstance(reply, dict):
+        if done.returncode == SSH_FAILED:
+            raise LostConnectionError(_why(host, words_of_error))
         raise IsthmusError(_why(host, words_of_error) if done.returncode else f"{host.address}: answered something else than expected: {lines[-1:]!r:.200}")
     return done.returncode, reply
 

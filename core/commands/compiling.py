@@ -31,7 +31,9 @@ def demo(
 
 
 def compile_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A .onnx (float or int8), a .pt2, package.module:factory, or zoo:NAME.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A .onnx (float, int8 or trees), .pt2, package.module:factory, zoo:NAME; trees: .json, .ubj, .skops.")
+    ],
     targets: Targets = None,
     data: Annotated[Path | None, typer.Option("--data", help="Calibration samples: .npz, .npy or a folder of images.")] = None,
     recipe: Annotated[str, typer.Option("--recipe", help="How to quantise: a name, a .toml file, or auto.")] = "portable",
@@ -44,16 +46,24 @@ def compile_command(
     tune: Annotated[
         bool, typer.Option("--tune/--no-tune", help="Target cpu: take the fastest artifact on this machine whose accuracy holds, or the plain one.")
     ] = True,
+    threads: Annotated[int, typer.Option("--threads", help="Threads that target cpu is tuned for.")] = 1,
+    split: Annotated[
+        list[str] | None, typer.Option("--split", help="A tensor: the board takes the network up to it, its host's processor the rest; repeat for a wider cut.")
+    ] = None,
     bench: Annotated[bool, typer.Option("--bench", help="Measure latency of what runs here.")] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Quantise MODEL once, make an artifact for each target, check each against the integer reference, write a bundle."""
+    from isthmus.split_bundle import split_names
+
     _compile(
         model,
         output,
         as_json,
         tune=tune,
+        threads=threads,
+        split=split_names(split or []),
         bench=bench,
         targets=targets or ["cpu"],
         data=data,

@@ -18,7 +18,7 @@ from isthmus.session import Arrays, Session
 from isthmus.spec import TensorSpec
 
 _LEVELS = {"all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL, "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL}
-_DTYPES = {"tensor(int8)": "int8", "tensor(uint8)": "uint8", "tensor(float)": "float32"}
+_DTYPES = {"tensor(int8)": "int8", "tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(int32)": "int32"}
 _ERRORS_ONLY = 3
 _TIMED = "_kernel_time"  # what the profile appends to the name of a node that ran
 # They have no base of their own.

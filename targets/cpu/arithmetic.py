@@ -40,10 +40,10 @@ def _average(w: Lowering, node: QuantNode, output: str, op: str, attributes: dic
     """`cells` is the number every window divides by, 0 where windows differ.
 
     ONNX Runtime's fused average pools multiply by the reciprocal, so with 7 or 14 cells a tie is no longer a tie (1 step off, 1.32);
-    the float pool divides and is exact. Only a power of two may be fused.
+    the float pool divides and is exact. Only a power of two may be fused, or where scales make ties an accident anyway.
     """
     mean = w.emit(op, [w.in_steps(node.inputs[0], node.output)], w.fresh(f"{node.output}_mean"), node.name, **attributes)
-    if cells and cells & (cells - 1) == 0:
+    if cells and (cells & (cells - 1) == 0 or w.graph.recipe.scheme != "power_of_two"):
         w.quantise(mean, w.steps_of(node.output), output)
     else:
         w.quantise_unfused(mean, w.steps_of(node.output), output)

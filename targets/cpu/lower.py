@@ -13,9 +13,9 @@ from isthmus.targets.cpu.lowering import Lowering
 from isthmus.targets.cpu.resize import resize_linear, resize_nearest
 
 
-def onnx_from_graph(graph: QuantGraph) -> bytes:
-    """The ONNX file: inputs and outputs have the names, dtypes and shapes of `graph.inputs` and `graph.outputs`."""
-    lowering = Lowering(graph)
+def onnx_from_graph(graph: QuantGraph, raw_border: bool = True) -> bytes:
+    """The ONNX file: inputs and outputs have the names and shapes of `graph.inputs` and `graph.outputs`, and their dtypes, or else float32."""
+    lowering = Lowering(graph, raw_border)
     for node in graph.nodes:
         if node.kind == "float":
             lowering.island(node)

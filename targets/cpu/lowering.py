@@ -7,6 +7,8 @@ Why uint8, when the form is int8. Measured with ONNX Runtime 1.32 on x86 with AV
 - uint8 activations, int8 weights: fused, but the kernel adds pairs of products in 16 bits and saturates: up to 77 steps off.
 - uint8 activations, uint8 weights: fused, and exact for every input.
 
+The second is the fastest, and exact where no weight of a layer passes +-64 (`weighted.SIGNED_LIMIT`): such layers are written so, all others as uint8.
+
 Adding 128 to a value and to its zero point changes no number, so that is what is written here. ONNX Runtime's own switch for the second
 case (`session.x64quantprecision`) computes the same, but only in a session that sets it; the file here is exact in any session.
 
@@ -39,16 +41,17 @@ _ONNX_TYPES = {"int8": TensorProto.INT8, "float32": TensorProto.FLOAT}
 class Lowering(OnnxWriter):
     """Border, float islands, and the parts that operators are put together from. Every int8 tensor of the form becomes a uint8 tensor of the same name."""
 
-    def __init__(self, graph: QuantGraph) -> None:
+    def __init__(self, graph: QuantGraph, raw_border: bool = True) -> None:
         super().__init__({*graph.tensors, *(spec.name for spec in (*graph.inputs, *graph.outputs))})
         self.graph = graph
-        self.raw_inputs = {spec.name: spec for spec in graph.inputs if spec.is_quantised}
-        self.raw_outputs = {spec.name: spec for spec in graph.outputs if spec.is_quantised}
+        self.raw_border = raw_border
+        self.raw_inputs = {spec.name: spec for spec in graph.inputs if raw_border and spec.is_quantised}
+        self.raw_outputs = {spec.name: spec for spec in graph.outputs if raw_border and spec.is_quantised}
         self.float_names: dict[str, str] = {}
 
     def finished(self) -> onnx.ModelProto:
         inputs, outputs = (
-            [helper.make_tensor_value_info(spec.name, _ONNX_TYPES[spec.dtype], list(spec.shape)) for spec in side]
+            [helper.make_tensor_value_info(spec.name, _ONNX_TYPES[spec.dtype if self.raw_border else "float32"], list(spec.shape)) for spec in side]
             for side in (self.graph.inputs, self.graph.outputs)
         )
         return self.finish("isthmus_cpu", inputs, outputs, OPSET)

@@ -12,6 +12,9 @@ from isthmus.graph import QuantNode
 from isthmus.spec import TensorSpec
 from isthmus.targets.cpu.lowering import SHIFT, Lowering
 
+# x86 without VNNI adds two products in 16 bits: 2 * 255 * 64 = 32,640 still fits. Weights of 7 bits keep to it.
+SIGNED_LIMIT = 64
+
 
 def conv(w: Lowering, node: QuantNode) -> None:
     _weighted(w, node, 0, dict(node.attributes))
@@ -59,11 +62,14 @@ def weight_scale(node: QuantNode) -> np.ndarray:
 def operands(w: Lowering, node: QuantNode, source: TensorSpec, weight: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, axis: int) -> list[str]:
     """Activation, weight and bias, each behind its DequantizeLinear. `scale` is one number or one a filter, along `axis` of the weight.
 
+    Weights that cannot saturate the kernel for int8 weights (`SIGNED_LIMIT`) stay int8: it takes 0.6 to 0.8 times as long as the one for uint8.
+
     Of a grouped ConvTranspose that axis is one group's filters, which share their scales with those of the other groups.
     """
-    values = (weight.astype(np.int16) + SHIFT).astype(np.uint8)
+    signed = int(np.abs(weight.astype(np.int16)).max(initial=0)) <= SIGNED_LIMIT
+    values, zero = (weight.astype(np.int8), 0) if signed else ((weight.astype(np.int16) + SHIFT).astype(np.uint8), SHIFT)
     along = scale[: weight.shape[axis]] if scale.ndim else scale
-    inputs = [w.dequantise(source), w.real_constant(f"{node.output}_weight", values, along, SHIFT, axis)]
+    inputs = [w.dequantise(source), w.real_constant(f"{node.output}_weight", values, along, zero, axis)]
     if bias is not None:
         inputs.append(w.real_constant(f"{node.output}_bias", bias, np.float32(source.scale) * scale, 0, 0))
     return inputs

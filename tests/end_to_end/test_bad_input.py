@@ -90,7 +90,7 @@ GOOD = ("data.npz", "model.onnx")
 
 
 def test_the_good_case_is_good(isthmus: Isthmus, place: Path) -> None:
-    said = isthmus("compile", place / "model.onnx", "--data", place / "data.npz", "-o", place / "out", "--json")
+    said = isthmus("compile", "--no-tune", place / "model.onnx", "--data", place / "data.npz", "-o", place / "out", "--json")
     assert said.code == 0, said.error
     assert json.loads(said.out)["artifacts"]["cpu"]["verification"][0]["mismatched"] == 0
     assert isthmus("verify", place / "out").code == 0
@@ -132,9 +132,9 @@ def test_dynamic_shape_without_shape(isthmus: Isthmus, place: Path) -> None:
     model = float_cnn()
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
     onnx.save(model, place / "open.onnx")
-    said = isthmus("compile", place / "open.onnx", "--data", place / "data.npz", "-o", place / "out")
+    said = isthmus("compile", "--no-tune", place / "open.onnx", "--data", place / "data.npz", "-o", place / "out")
     _refused(said, r"'image'.*height.*--shape", place, (*GOOD, "open.onnx"))
-    again = isthmus("compile", place / "open.onnx", "--data", place / "data.npz", "-o", place / "out", "--shape", "image=1,1,8,8")
+    again = isthmus("compile", "--no-tune", place / "open.onnx", "--data", place / "data.npz", "-o", place / "out", "--shape", "image=1,1,8,8")
     assert again.code == 0, again.error
 
 
@@ -151,21 +151,21 @@ BAD_DATA = {
 def test_calibration_data(isthmus: Isthmus, place: Path, name: str) -> None:
     array, message = BAD_DATA[name]
     np.savez(place / "bad.npz", image=array)
-    said = isthmus("compile", place / "model.onnx", "--data", place / "bad.npz", "-o", place / "out")
+    said = isthmus("compile", "--no-tune", place / "model.onnx", "--data", place / "bad.npz", "-o", place / "out")
     _refused(said, rf"bad\.npz: input 'image'.*{message}", place, (*GOOD, "bad.npz"))
 
 
 def test_no_calibration_data(isthmus: Isthmus, place: Path) -> None:
-    _refused(isthmus("compile", place / "model.onnx", "-o", place / "out"), r"a float model needs calibration data: --data", place, GOOD)
+    _refused(isthmus("compile", "--no-tune", place / "model.onnx", "-o", place / "out"), r"a float model needs calibration data: --data", place, GOOD)
 
 
 def test_unknown_profile_lists_near_ones(isthmus: Isthmus, place: Path) -> None:
-    said = isthmus("compile", place / "model.onnx", "-t", "jetson-nano-orin", "-o", place / "out")
+    said = isthmus("compile", "--no-tune", place / "model.onnx", "-t", "jetson-nano-orin", "-o", place / "out")
     _refused(said, r"unknown profile 'jetson-nano-orin': did you mean .*jetson-orin-nano", place, GOOD)
 
 
 def test_unknown_recipe_option_shape_and_preprocess(isthmus: Isthmus, place: Path) -> None:
-    common = ("compile", place / "model.onnx", "--data", place / "data.npz", "-o", place / "out")
+    common = ("compile", "--no-tune", place / "model.onnx", "--data", place / "data.npz", "-o", place / "out")
     _refused(isthmus(*common, "--recipe", "best"), r"unknown recipe 'best': there are .*portable", place, GOOD)
     _refused(isthmus(*common, "--set", "speed=11"), r"option 'speed' is known to none of the targets", place, GOOD)
     _refused(isthmus(*common, "--set", "speed"), r"--set 'speed': expected NAME=VALUE", place, GOOD)
@@ -175,12 +175,12 @@ def test_unknown_recipe_option_shape_and_preprocess(isthmus: Isthmus, place: Pat
 
 
 def test_unwritable_output(isthmus: Isthmus, place: Path) -> None:
-    said = isthmus("compile", place / "model.onnx", "--data", place / "data.npz", "-o", "/proc/isthmus/out")
+    said = isthmus("compile", "--no-tune", place / "model.onnx", "--data", place / "data.npz", "-o", "/proc/isthmus/out")
     _refused(said, r"/proc/isthmus/out: cannot be written", place, GOOD)
 
 
 def test_existing_output(isthmus: Isthmus, place: Path) -> None:
-    common = ("compile", place / "model.onnx", "--data", place / "data.npz", "-o", place / "out")
+    common = ("compile", "--no-tune", place / "model.onnx", "--data", place / "data.npz", "-o", place / "out")
     assert isthmus(*common).code == 0
     before = (place / "out" / "manifest.json").read_bytes()
     _refused(isthmus(*common), r"out: exists; pass --force", place, (*GOOD, "out"))
@@ -189,7 +189,7 @@ def test_existing_output(isthmus: Isthmus, place: Path) -> None:
 
 
 def test_tampered_bundle(isthmus: Isthmus, place: Path) -> None:
-    assert isthmus("compile", place / "model.onnx", "--data", place / "data.npz", "-o", place / "out").code == 0
+    assert isthmus("compile", "--no-tune", place / "model.onnx", "--data", place / "data.npz", "-o", place / "out").code == 0
     artifact = place / "out" / "artifacts" / "cpu" / json.loads((place / "out" / "manifest.json").read_text())["artifacts"]["cpu"]["artifact"]
     content = bytearray(artifact.read_bytes())
     content[len(content) // 2] ^= 1
@@ -205,7 +205,7 @@ def test_full_disk(place: Path) -> None:
         from isthmus import cli
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (6144, 6144))
-        sys.argv = ["isthmus", "compile", {str(place / "model.onnx")!r}, "--data", {str(place / "data.npz")!r}, "-o", {str(place / "out")!r}]
+        sys.argv = ["isthmus", "compile", "--no-tune", {str(place / "model.onnx")!r}, "--data", {str(place / "data.npz")!r}, "-o", {str(place / "out")!r}]
         sys.dont_write_bytecode = True
         cli.main()
     """
@@ -244,7 +244,7 @@ def test_a_disk_that_really_fills(tmp_path: Path, size: str) -> None:
 
 
 def test_bundle_and_run_mistakes(isthmus: Isthmus, place: Path) -> None:
-    assert isthmus("compile", place / "model.onnx", "--data", place / "data.npz", "-o", place / "out").code == 0
+    assert isthmus("compile", "--no-tune", place / "model.onnx", "--data", place / "data.npz", "-o", place / "out").code == 0
     names = (*GOOD, "out")
     np.save(place / "x.npy", np.zeros((2, 1, 8, 8), np.float32))
     said = isthmus("run", place / "out", "-t", "cpu", "-i", place / "x.npy", "--json")
@@ -271,7 +271,7 @@ def test_a_bug_shows_no_traceback_without_debug(isthmus: Isthmus, place: Path, m
         raise KeyError("inside")
 
     monkeypatch.setattr(pipeline, "load_source", broken)
-    said = isthmus("compile", place / "model.onnx", "-o", place / "out")
+    said = isthmus("compile", "--no-tune", place / "model.onnx", "-o", place / "out")
     assert said.code == 1 and "internal error, please report it: KeyError" in said.error and "Traceback" not in said.error
-    assert "Traceback" in isthmus("compile", place / "model.onnx", "-o", place / "out", "--debug").error
+    assert "Traceback" in isthmus("compile", "--no-tune", place / "model.onnx", "-o", place / "out", "--debug").error
     assert sorted(entry.name for entry in place.iterdir()) == sorted(GOOD)

@@ -40,7 +40,7 @@ def samples(count: int = 48) -> np.ndarray:
 
 
 def compiled(module: nn.Module, place: Path, recipe: Recipe | str = "portable", data: np.ndarray | None = None) -> Bundle:
-    return isthmus.compile(module, torch.zeros(1, *SHAPE), data=samples() if data is None else data, recipe=recipe, output=place / "bundle")
+    return isthmus.compile(module, torch.zeros(1, *SHAPE), data=samples() if data is None else data, recipe=recipe, tune=False, output=place / "bundle")
 
 
 def apart(bundle: Bundle, expected: Tensor) -> float:

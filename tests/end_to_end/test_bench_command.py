@@ -22,7 +22,7 @@ QUICK = ("--min-duration", "0.02", "--min-count", "50", "--percentile", "90")
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench") / "bundle"
-    isthmus.compile(MODELS / "network.onnx", targets=["cpu", "rpi5", "jetson-orin-nano"], output=folder)
+    isthmus.compile(MODELS / "network.onnx", targets=["cpu", "rpi5", "jetson-orin-nano"], tune=False, output=folder)
     return folder
 
 
@@ -63,7 +63,7 @@ def test_one_against_another_profile_and_another_bundle(bundle, command, tmp_pat
     ratio = json.loads(out)["cpu"]["conditions"]["against"]
     assert ratio["name"] == "rpi5" and ratio["low"] <= ratio["high"] and ratio["ratio"] > 0
     assert json.loads((bundle / "reports" / "bench-cpu.json").read_text())["conditions"]["interleaved"] == ["cpu", "rpi5"]
-    isthmus.compile(MODELS / "gemm.onnx", targets=["cpu"], output=tmp_path / "other")
+    isthmus.compile(MODELS / "gemm.onnx", targets=["cpu"], tune=False, output=tmp_path / "other")
     code, out, _ = command("bench", bundle, "-t", "cpu", "--against", tmp_path / "other", *QUICK)
     assert code == 0
     assert "cpu takes" in out and f"times as long as cpu @ {tmp_path / 'other'} (95 % interval" in out

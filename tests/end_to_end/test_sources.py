@@ -66,7 +66,7 @@ def _is_exact(bundle: Bundle, targets: list[str] = TARGETS) -> None:
 
 def test_a_module_from_python(tmp_path: Path) -> None:
     module = network()
-    bundle = isthmus.compile(module, torch.zeros(1, 3, 16, 16), targets=TARGETS, data=_samples(), output=tmp_path / "bundle")
+    bundle = isthmus.compile(module, torch.zeros(1, 3, 16, 16), targets=TARGETS, data=_samples(), tune=False, output=tmp_path / "bundle")
     _is_exact(bundle)
     samples = _samples(4)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_a_module_from_python(tmp_path: Path) -> None:
 
 def test_the_schemes_that_are_not_portable(tmp_path: Path) -> None:
     for recipe in ("symmetric", "asymmetric"):
-        bundle = isthmus.compile(network(), torch.zeros(1, 3, 16, 16), targets=TARGETS, data=_samples(), recipe=recipe, output=tmp_path / recipe)
+        bundle = isthmus.compile(network(), torch.zeros(1, 3, 16, 16), targets=TARGETS, data=_samples(), recipe=recipe, tune=False, output=tmp_path / recipe)
         assert bundle.manifest["graph"]["scheme"] == recipe
         for target in TARGETS:
             assert all(row["passed"] and row["max_lsb"] <= 2 for row in bundle.artifact(target)["verification"])
@@ -89,7 +89,7 @@ def test_the_schemes_that_are_not_portable(tmp_path: Path) -> None:
 def test_an_exported_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.export.save(torch.export.export(network(), (torch.zeros(1, 3, 16, 16),)), tmp_path / "net.pt2")
     np.save(tmp_path / "data.npy", _samples())
-    _command(monkeypatch, "compile", tmp_path / "net.pt2", "--data", tmp_path / "data.npy", "-t", "cpu", "-t", "rpi5", "-o", tmp_path / "bundle")
+    _command(monkeypatch, "compile", "--no-tune", tmp_path / "net.pt2", "--data", tmp_path / "data.npy", "-t", "cpu", "-t", "rpi5", "-o", tmp_path / "bundle")
     _is_exact(Bundle.open(tmp_path / "bundle"))
 
 
@@ -111,7 +111,7 @@ def test_a_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_form_is_taken_as_it_is(tmp_path: Path) -> None:
     file = Path(__file__).parents[1] / "models" / "network.onnx"
-    bundle = isthmus.compile(file, targets=TARGETS, output=tmp_path / "bundle")
+    bundle = isthmus.compile(file, targets=TARGETS, tune=False, output=tmp_path / "bundle")
     _is_exact(bundle)
     assert bundle.model.read_bytes() == file.read_bytes()
 
@@ -133,7 +133,7 @@ def test_an_int8_graph_of_another_writer(tmp_path: Path) -> None:
         tmp_path / "float.onnx", tmp_path / "int8.onnx", Reader(), quant_format=ort_quantization.QuantFormat.QDQ,
         activation_type=ort_quantization.QuantType.QInt8, weight_type=ort_quantization.QuantType.QInt8, extra_options={"ActivationSymmetric": True},
     )  # fmt: skip
-    bundle = isthmus.compile(tmp_path / "int8.onnx", targets=TARGETS, data=_samples(), output=tmp_path / "bundle")
+    bundle = isthmus.compile(tmp_path / "int8.onnx", targets=TARGETS, data=_samples(), tune=False, output=tmp_path / "bundle")
     assert bundle.manifest["graph"]["scheme"] == "symmetric"
     for target in TARGETS:
         assert all(row["passed"] and row["max_lsb"] <= 2 for row in bundle.artifact(target)["verification"])
@@ -146,7 +146,7 @@ def test_a_public_model(tmp_path: Path, name: str) -> None:
     if file is None:
         pytest.skip("the public models are not beside this repository")
     digits = np.random.default_rng(0).integers(0, 256, (32, 1, 28, 28)).astype(np.float32)
-    bundle = isthmus.compile(file, targets=[*TARGETS, "jetson-orin-nano"], data=digits, output=tmp_path / "bundle")
+    bundle = isthmus.compile(file, targets=[*TARGETS, "jetson-orin-nano"], data=digits, tune=False, output=tmp_path / "bundle")
     _is_exact(bundle)
 
 
@@ -159,7 +159,7 @@ def test_images_from_a_folder_to_a_prediction(tmp_path: Path, monkeypatch: pytes
             Image.fromarray(generator.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / f"{index}.png")
     torch.onnx.export(network(), (torch.zeros(1, 3, 16, 16),), tmp_path / "net.onnx", dynamo=True, verbose=False)
     _command(
-        monkeypatch, "compile", tmp_path / "net.onnx", "--data", tmp_path / "images",
+        monkeypatch, "compile", "--no-tune", tmp_path / "net.onnx", "--data", tmp_path / "images",
         "--preprocess", "scale=1/255,mean=0.5,std=0.5,resize=crop", "-t", "rpi5", "-o", tmp_path / "bundle",
     )  # fmt: skip
     assert Bundle.open(tmp_path / "bundle").manifest["task"]["samples"] == 8
@@ -170,7 +170,7 @@ def test_images_from_a_folder_to_a_prediction(tmp_path: Path, monkeypatch: pytes
 
 
 def test_bench_gives_the_same_figures_as_text_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    isthmus.compile(Path(__file__).parents[1] / "models" / "network.onnx", targets=TARGETS, output=tmp_path / "bundle")
+    isthmus.compile(Path(__file__).parents[1] / "models" / "network.onnx", targets=TARGETS, tune=False, output=tmp_path / "bundle")
     capsys.readouterr()
     _command(monkeypatch, "bench", tmp_path / "bundle", "--min-duration", "0.1", "--json")
     printed = json.loads(capsys.readouterr().out)

@@ -117,6 +117,30 @@ def test_no_kernel_saturates_inside(name: str, tmp_path: Path) -> None:
     assert_exact(graph, tmp_path, feeds_of(graph), feeds_of(graph, WORST), top, bottom)
 
 
+@pytest.mark.parametrize(("largest", "dtype"), [(64, np.int8), (-64, np.int8), (65, np.uint8), (-65, np.uint8)])
+@pytest.mark.parametrize("layer", ["conv", "gemm"])
+def test_small_weights_take_the_kernel_for_int8_and_stay_exact(layer: str, largest: int, dtype: type, tmp_path: Path) -> None:
+    """Pairs of the largest products of one sign: what its sums of 16 bits just hold."""
+    weight = np.full((8, 64, 3, 3) if layer == "conv" else (8, 512), largest, np.int8)
+    weight[::2] = np.sign(largest)
+    shape = (1, 64, 6, 6) if layer == "conv" else (3, 512)
+    graph = one(shape, lambda w, x: w.conv(x, weight, 2.0**-7, scale=2.0**8) if layer == "conv" else w.gemm(x, weight, 2.0**-7, scale=2.0**8))
+    file = onnx.load_from_string(TARGET.plan(graph, PROFILE, {}).files["model.onnx"])
+    assert [onnx.numpy_helper.to_array(tensor).dtype for tensor in file.graph.initializer if tensor.name.endswith("_weight_steps")] == [dtype]
+    top, bottom = ({spec.name: np.full(spec.shape, value, np.int8) for spec in graph.inputs} for value in (127, -128))
+    assert_exact(graph, tmp_path, feeds_of(graph), feeds_of(graph, WORST), top, bottom)
+
+
+def test_a_float_border_changes_no_number(tmp_path: Path) -> None:
+    graph = one((1, 4, 6, 6), lambda w, x: w.conv(x, worst(8, 4, 3, 3), 2.0**-7, scale=2.0))
+    feeds = feeds_of(graph)
+    expected = reference.run(graph, feeds)
+    with opened(graph, tmp_path, io="float32") as session:
+        assert {spec.dtype for spec in (*session.inputs, *session.outputs)} == {"float32"}
+        actual = session.run_quantised(feeds)
+    assert {name: array.tolist() for name, array in actual.items()} == {name: array.tolist() for name, array in expected.items()}
+
+
 @pytest.mark.parametrize("scales", [(0, 0, 1), (0, -1, 1), (-2, 0, 2), (-7, -4, -3)])
 def test_every_sum_of_two_values_rounds_as_the_reference(scales: tuple[int, int, int], tmp_path: Path) -> None:
     w = FormWriter()

@@ -154,7 +154,7 @@ def test_a_learning_rate_that_explodes_is_named() -> None:
 def test_a_file_cannot_be_trained_and_says_so(tmp_path: Path) -> None:
     model = source_of()[1].float_model
     with pytest.raises(IsthmusError, match=r"recipe portable-qat trains with the rounding in place \(qat_epochs\), which a file cannot; give the torch module"):
-        isthmus.compile(model, data=samples()[0], recipe="portable-qat", output=tmp_path / "bundle")
+        isthmus.compile(model, data=samples()[0], recipe="portable-qat", tune=False, output=tmp_path / "bundle")
 
 
 def test_rounding_and_training_do_not_mix() -> None:
@@ -172,7 +172,7 @@ def test_the_command_trains_a_factory_with_a_checkpoint(tmp_path: Path) -> None:
     )
     images, labels = samples()
     np.savez(tmp_path / "data.npz", x=images, y=labels)
-    words = ["compile", "users_heads:make", "--data", "data.npz", "--recipe", "portable-qat", "-t", "cpu", "-o", "bundle", "--json"]
+    words = ["compile", "--no-tune", "users_heads:make", "--data", "data.npz", "--recipe", "portable-qat", "-t", "cpu", "-o", "bundle", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "isthmus.cli", *words], cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

@@ -7,10 +7,12 @@ import getpass
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -92,7 +94,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, require) -> Iterator[Server
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return isthmus.compile(MODELS / "network.onnx", targets=["cpu", "rpi5"], output=tmp_path_factory.mktemp("remote") / "bundle")
+    return isthmus.compile(MODELS / "network.onnx", targets=["cpu", "rpi5"], tune=False, output=tmp_path_factory.mktemp("remote") / "bundle")
 
 
 def test_a_bundle_travels_and_its_measurement_comes_home(server, bundle):
@@ -154,10 +156,10 @@ def test_a_transfer_that_is_cut_goes_on_where_it_stopped(server, tmp_path):
     cut = replace(host, options=(*host.options, "-o", f"ProxyCommand={sys.executable} {tmp_path / 'cut.py'} {server.port} 1000000"))
     with pytest.raises(IsthmusError, match="the transfer was cut: the same command goes on where it stopped"):
         remote._send(cut, digest, content, 0, silent)
-    have = 0
-    for _ in range(50):  # the server writes what it has received after the client is gone
-        have = int(remote._board(host, ["look", remote.ROOT, digest, str(len(content))], 60)["have"][digest])
-        if have:
+    have, before = 0, -1
+    for _ in range(50):  # the server writes what it has received after the client is gone: until it grows no more
+        have, before = int(remote._board(host, ["look", remote.ROOT, digest, str(len(content))], 60)["have"][digest]), have
+        if have and have == before:
             break
         time.sleep(0.05)
     assert 100_000 < have < len(content)
@@ -215,3 +217,91 @@ def test_a_board_gets_its_engine_installed(server, bundle):
     (environment,) = (server.home / remote.ROOT).glob("env-*")
     assert list(environment.glob("lib/python3*/site-packages/onnxruntime"))
     assert found["cpu"].valid and found["cpu"].conditions["engine"] == "onnxruntime"
+
+
+# ---- an artifact that only the board can build
+JETSON = "jetson-orin-nano"
+# TensorRT-RTX under TensorRT's name: it really builds. It waits while a file `hold` is there, so that a connection can be cut in the middle.
+STAND_IN = """
+import __main__, pathlib, time
+import tensorrt_rtx
+from tensorrt_rtx import *
+
+__version__ = "10.3.0"
+__main__.gpu_here = lambda: {"name": "stand-in", "sm": 87, "multiprocessors": 8}
+__main__.free_bytes = lambda: 2**32
+
+
+class Builder(tensorrt_rtx.Builder):
+    def create_builder_config(self):
+        config = super().create_builder_config()
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(tensorrt_rtx.ComputeCapability.SM86, 0)
+        pathlib.Path(HOME, "begun").touch()
+        while pathlib.Path(HOME, "hold").exists():
+            time.sleep(0.05)
+        return config
+"""
+
+
+@pytest.fixture
+def jetson(server, require, tmp_path) -> Iterator[Bundle]:
+    """A bundle for a Jetson that says it runs on any processor, and TensorRT on the board."""
+    require("tensorrt_rtx")
+    libraries = Path((server.folder / "sshd_config").read_text().partition("PYTHONPATH=")[2].split()[0])
+    installed = Path(numpy.__file__).parents[1]
+    for folder in installed.glob("tensorrt_rtx*"):
+        if folder.is_dir() and not (libraries / folder.name).exists():
+            (libraries / folder.name).symlink_to(folder)
+    (libraries / "tensorrt.py").write_text(f"HOME = {str(server.home)!r}\n{STAND_IN}")
+    made = isthmus.compile(MODELS / "conv_relu.onnx", targets=[JETSON], output=tmp_path / "bundle")
+    entry = {**made.artifact(JETSON), "arch": "any"}
+    yield Bundle(made.root, {**made.manifest, "artifacts": {JETSON: entry}})
+    (libraries / "tensorrt.py").unlink()
+    for name in ("hold", "begun"):
+        (server.home / name).unlink(missing_ok=True)
+
+
+def build_logs(server: Server) -> dict[str, str]:
+    return {log.name: log.read_text() for log in (server.home / remote.ROOT).glob(f"bundle-*/artifacts/{JETSON}/logs/build-*.log")}
+
+
+def test_a_connection_that_is_cut_leaves_a_build_that_goes_on(server, jetson):
+    """The engines are built and sealed there; the next command finds them. What runs them needs a GPU, and says so."""
+    (server.home / "hold").touch()
+    said, raised = [], []
+
+    def measured() -> None:
+        try:
+            bench_on(jetson, [JETSON], server.host(), QUICK, say=lambda text, share: said.append(text))
+        except IsthmusError as error:
+            raised.append(str(error))
+
+    worker = threading.Thread(target=measured)
+    worker.start()
+    deadline = time.monotonic() + 120
+    while not (server.home / "begun").exists() and worker.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    cut_connections(int((server.folder / "pid").read_text()))
+    worker.join(60)
+    assert any("building the engines, which takes minutes the first time" in text for text in said)
+    assert len(raised) == 1 and raised[0].endswith("; the build goes on there: the same command waits for it and goes on from it"), raised
+    (server.home / "hold").unlink()
+    with pytest.raises(IsthmusError, match=r"CUDA|libcuda"):
+        bench_on(jetson, [JETSON], server.host(), QUICK, say=silent)
+    (engine,) = (server.home / remote.ROOT).glob(f"bundle-*/artifacts/{JETSON}/model.engine")
+    assert {f"{engine.name}{suffix}" for suffix in ("", ".json", ".seal", ".trtexec")} <= {path.name for path in engine.parent.iterdir()}
+    logs = build_logs(server)
+    assert logs.keys() == {"build-int8.log", "build-fp16.log"}
+    assert "model.engine is there already: int8" in logs["build-int8.log"], "the first build went on and was not done twice"
+
+
+def cut_connections(sshd: int) -> None:
+    """Ends the processes that serve connections of this test's own server, as a lost network would."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # ended meanwhile
+            continue
+        if int(fields[1]) == sshd:
+            os.kill(int(stat.parent.name), signal.SIGKILL)

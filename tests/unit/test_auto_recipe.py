@@ -124,7 +124,9 @@ def test_a_drop_that_is_no_share_is_refused(drop: float) -> None:
 
 
 def test_compile_climbs_and_says_so_in_the_manifest(tmp_path: Path) -> None:
-    bundle = isthmus.compile(network(spread=12.0), targets=["cpu", "rpi5"], data=samples(256), recipe="auto", max_drop=0.1, output=tmp_path / "bundle")
+    bundle = isthmus.compile(
+        network(spread=12.0), targets=["cpu", "rpi5"], data=samples(256), recipe="auto", max_drop=0.1, tune=False, output=tmp_path / "bundle"
+    )
     assert bundle.manifest["notes"][0] == "data: 128 samples learnt from, 128 others judged on (drawn with seed 0)"
     assert bundle.manifest["recipe"]["name"] == "auto"
     assert any(note.startswith("tried ") and note.endswith("holds") for note in bundle.manifest["notes"])
@@ -134,8 +136,8 @@ def test_compile_climbs_and_says_so_in_the_manifest(tmp_path: Path) -> None:
 def test_compile_refuses_what_makes_no_sense(tmp_path: Path) -> None:
     form = Path(__file__).parents[1] / "models" / "network.onnx"
     with pytest.raises(IsthmusError, match="--max-drop says when --recipe auto may stop"):
-        isthmus.compile(network(), data=samples(), max_drop=0.1, output=tmp_path / "a")
+        isthmus.compile(network(), data=samples(), max_drop=0.1, tune=False, output=tmp_path / "a")
     with pytest.raises(IsthmusError, match="is int8 already: --recipe auto chooses"):
-        isthmus.compile(form, recipe="auto", output=tmp_path / "b")
+        isthmus.compile(form, recipe="auto", tune=False, output=tmp_path / "b")
     with pytest.raises(IsthmusError, match="--recipe auto needs samples"):
-        isthmus.compile(network(), recipe="auto", output=tmp_path / "c")
+        isthmus.compile(network(), recipe="auto", tune=False, output=tmp_path / "c")

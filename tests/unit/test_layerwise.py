@@ -34,7 +34,7 @@ WRONG = "conv_2"
 
 
 def compiled(graph: QuantGraph | Path, profile: str, folder: Path, **options: Any) -> Bundle:
-    return pipeline.compile(graph, targets=[profile], output=folder / "bundle", options=options)
+    return pipeline.compile(graph, targets=[profile], tune=False, output=folder / "bundle", options=options)
 
 
 def file_of(bundle: Bundle, profile: str) -> Path:
@@ -215,7 +215,7 @@ def described(arguments: list[str]) -> tuple[int, Any]:
 
 def test_the_command(tmp_path: Path, require: Callable[[str], str]) -> None:
     require("onnxruntime")
-    bundle = pipeline.compile(MODELS / "network.onnx", targets=["cpu", "null"], output=tmp_path / "bundle")
+    bundle = pipeline.compile(MODELS / "network.onnx", targets=["cpu", "null"], tune=False, output=tmp_path / "bundle")
     code, text = described([str(bundle.root), "--layers"])
     assert code == 0 and "globalaveragepool" in text and "cpu: no layer differs" in text
     code, reports = described([str(bundle.root), "--layers", "--json"])

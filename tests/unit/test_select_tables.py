@@ -142,7 +142,7 @@ def test_bundles_as_candidates(tmp_path: Path, require: Callable[[str], str]) ->
     generator = np.random.default_rng(0)
     data = tmp_path / "data.npz"
     np.savez(data, x=generator.uniform(-4, 4, (40, 1, 8, 8)).astype(np.float32), y=generator.integers(0, 3, 40))
-    bundle = pipeline.compile(NETWORK, targets=["cpu", "rpi5", "null"], data=data, output=tmp_path / "one")
+    bundle = pipeline.compile(NETWORK, targets=["cpu", "rpi5", "null"], data=data, tune=False, output=tmp_path / "one")
     table = table_of_bundles([bundle.root])
     assert (table.metrics, table.costs) == (("top1",), ("int8_mb", "macs_m"))
     rows = {row.name: row for row in table.datasets[""]}
@@ -157,7 +157,7 @@ def test_bundles_as_candidates(tmp_path: Path, require: Callable[[str], str]) ->
 
 def test_a_bundle_without_accuracy_cannot_be_chosen(tmp_path: Path, require: Callable[[str], str]) -> None:
     require("onnxruntime")
-    bundle = pipeline.compile(NETWORK, targets=["cpu"], output=tmp_path / "one")
+    bundle = pipeline.compile(NETWORK, targets=["cpu"], tune=False, output=tmp_path / "one")
     with pytest.raises(IsthmusError, match=r"artifact 'cpu' has no accuracy: compile it with labelled samples \(--data\)"):
         table_of_bundles([bundle.root])
 

@@ -140,7 +140,7 @@ def test_training_into_a_folder_goes_on_where_it_stopped(tmp_path: Path, monkeyp
 
 def test_compile_a_preset_on_its_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(medmnist, "SYSTEM", small("organa-nano"))
-    bundle = isthmus.compile("zoo:medmnist@organa-nano", targets=["cpu"], output=tmp_path / "bundle")
+    bundle = isthmus.compile("zoo:medmnist@organa-nano", targets=["cpu"], tune=False, output=tmp_path / "bundle")
     assert bundle.manifest["graph"]["float_islands"] == []
     assert "data organamnist, synthetic stand-in: 300 training" in bundle.manifest["notes"][0]
     assert bundle.manifest["data"]["evaluation"] == "organamnist, synthetic stand-in: test part"
@@ -156,10 +156,10 @@ def test_compile_a_residual_network_with_a_data_folder(tmp_path: Path, monkeypat
     np.savez(tmp_path / "breastmnist.npz", **content)  # type: ignore[arg-type]  # numpy's stub confuses **arrays with allow_pickle
     config = replace(mobilenet_small.SYSTEM.configuration("ci"), dataset="breastmnist", classes=2)
     monkeypatch.setattr(mobilenet_small, "SYSTEM", replace(mobilenet_small.SYSTEM, presets={"tiny": config}, train=TrainConfig(epochs=1)))
-    bundle = isthmus.compile("zoo:mobilenet_small", targets=["cpu"], recipe="symmetric", output=tmp_path / "bundle", data_root=tmp_path)
+    bundle = isthmus.compile("zoo:mobilenet_small", targets=["cpu"], recipe="symmetric", tune=False, output=tmp_path / "bundle", data_root=tmp_path)
     assert "data breastmnist: 40 training" in bundle.manifest["notes"][0]
     with pytest.raises(IsthmusError, match=r"--data-root is the folder of a zoo system's data set; give your own model's samples with --data"):
-        isthmus.compile(bundle.model, targets=["cpu"], output=tmp_path / "other", data_root=tmp_path)
+        isthmus.compile(bundle.model, targets=["cpu"], tune=False, output=tmp_path / "other", data_root=tmp_path)
 
 
 # ---- ensembles
