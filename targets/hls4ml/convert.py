@@ -37,6 +37,7 @@ def main() -> int:
         print(problem)
     if problems:
         return 1
+    set_depths(model, config["fifo_depths"], config["layers"])
     write(model)
     print(f"{len(list(model.get_layers()))} HLS layers written with hls4ml {hls4ml.__version__}")
     return 0
@@ -108,6 +109,19 @@ def border_problems(model: Any, config: Mapping[str, Any]) -> list[str]:
         if sizes != config[side]:
             problems.append(f"{side} have sizes {sizes}, planned {config[side]}")
     return problems
+
+
+def set_depths(model: Any, depths: Mapping[str, int], planned: Mapping[str, Any]) -> None:
+    """The planned depth of each stream. A stream of a layer that hls4ml put in by itself keeps hls4ml's own: the whole tensor."""
+    for layer in model.get_layers():
+        name = planned_name(layer.name, planned)
+        if layer.class_name == "Input" or not name:
+            continue
+        wanted = depths.get(f"{name}/pad" if layer.class_name.startswith("ZeroPadding") else name)
+        for output in layer.outputs if wanted is not None else ():
+            variable = layer.get_output_variable(output)
+            if isinstance(variable.pragma, tuple) and variable.pragma[0] == "stream":
+                variable.pragma = ("stream", wanted)
 
 
 def write(model: Any) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from isthmus.targets.hls4ml.fixed import Fixed, exact_weights, product_type
+from isthmus.targets.hls4ml.constants import products_of
+from isthmus.targets.hls4ml.fixed import Fixed, Weights, exact_weights, product_type
 from isthmus.targets.hls4ml.folding import Product
 from isthmus.targets.hls4ml.kernels import product_kernel
 from isthmus.targets.hls4ml.layout import hls_shape, hls_sources
@@ -40,8 +41,21 @@ def _conv(low: Lowering, node: QuantNode, name: str, value: str, shape: list[int
     )  # fmt: skip
     low.writer.layer(name, weight=found.weight_type, bias=found.bias_type, accum=found.accumulator, result=low.exact_or_final(node, found.accumulator))
     terms = int(np.prod(window)) * (filters if depthwise else depth)
-    low.products.append(Product(name, node.name, terms, filters, int(np.prod(shape[1:3])), depthwise))
+    low.products.append(_product(Product(name, node.name, terms, filters, int(np.prod(shape[1:3])), depthwise), found, kernel))
     return low.finish(node, value, name, found.accumulator, shape)
+
+
+def _product(product: Product, found: Weights, values: np.ndarray) -> Product:
+    """With what the estimate needs to know of the weights."""
+    multiplied, shifted = products_of(values.reshape(len(values), -1).T if product.depthwise or values.ndim == 4 else values)
+    return replace(
+        product,
+        weight_bits=found.weight_type.bits,
+        accumulator_bits=found.accumulator.bits,
+        zeros=int((values == 0).sum()),
+        multiplied=multiplied,
+        shifted=shifted,
+    )
 
 
 def conv_transpose(low: Lowering, node: QuantNode, name: str) -> str:
@@ -68,7 +82,7 @@ def gemm(low: Lowering, node: QuantNode, name: str) -> str:
     # "auto" lets hls4ml put the bias, and a rounding right behind it, into the Dense layer; convert checks the type it derived.
     low.writer.layer(name, weight=found.weight_type, bias=found.bias_type, accum=found.accumulator, result="auto")
     low.writer.layer(f"{name}_add", scale=Fixed(2, 0), bias=found.bias_type, result=found.accumulator)
-    low.products.append(Product(name, node.name, terms, filters, 1))
+    low.products.append(_product(Product(name, node.name, terms, filters, 1), found, values))
     return low.finish(node, value, name, found.accumulator)
 
 
@@ -113,5 +127,5 @@ def batch_matmul(low: Lowering, node: QuantNode, name: str) -> str:
     shape = [1, 1, batches * rows, columns]
     kernel = product_kernel(batches, rows, depth, columns, exact)
     value = low.writer.kernel(kernel, operands, name, shape, low.exact_or_final(node, exact))
-    low.products.append(Product(name, node.name, depth, columns, batches * rows))
+    low.products.append(Product(name, node.name, depth, columns, batches * rows, accumulator_bits=exact.bits, activations=True))
     return _rows_placed(low, node, low.finish(node, value, name, exact, shape), name, batches * rows, columns, target)

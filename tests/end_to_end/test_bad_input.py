@@ -116,7 +116,7 @@ def test_truncated_onnx(isthmus: Isthmus, place: Path, share: float) -> None:
 def test_operator_no_target_has(isthmus: Isthmus, place: Path) -> None:
     onnx.save(float_cnn(extra="Erf"), place / "odd.onnx")
     said = isthmus("compile", place / "odd.onnx", "--data", place / "data.npz", "-t", "rpi5", "-t", "pynq-z2", "-o", place / "out")
-    _refused(said, r"rpi5: last: Erf \(float\) is not in the table.*pynq-z2: last: Erf", place, (*GOOD, "odd.onnx"))
+    _refused(said, r"pynq-z2: last: Erf \(float\) is not in the table", place, (*GOOD, "odd.onnx"))
 
 
 def test_operator_of_another_domain(isthmus: Isthmus, place: Path) -> None:

@@ -61,6 +61,7 @@ def test_parameters_of_every_module(figure) -> None:
     assert parameters(untrained(figure.reference)) == figure.published
 
 
+@pytest.mark.slow
 def test_figures_on_the_graph() -> None:
     rows = paper_costs.rows(figure for figure in paper_costs.FIGURES if figure.reference in ON_GRAPH)
     assert len(rows) == 2 * len(ON_GRAPH)

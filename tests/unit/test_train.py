@@ -71,6 +71,7 @@ def test_top1_accuracy_of_nothing_is_no_figure(rows: int, labels: int) -> None:
         top1_accuracy(np.zeros((rows, 4), np.float32), np.zeros(labels, np.int64))
 
 
+@pytest.mark.slow
 # ---- zoo
 def test_every_zoo_system_says_what_it_is_and_builds_every_preset() -> None:
     assert "digits" in zoo.names()

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,16 @@ from isthmus.targets.hls4ml.build_cache import SEAL, BuildCache, cache_folder
 Built = tuple[QuantGraph, BuildPlan, Path]
 
 
-def _compiled_again(built: Built, place: Path) -> str:
-    """What the compile step says in a copy of the folder without its library."""
+SMALL = b'extern "C" int answer() { return 42; }\n'  # compiled in place of the project's code: the cache does not look into it
+
+
+def _compiled_again(built: Built, place: Path, source: bytes | None = None) -> str:
+    """What the compile step says in a copy of the folder without its library, with `source` instead of the project's own code."""
     _, plan, folder = built
     shutil.copytree(folder, place)
     (place / simulation.LIBRARY_FILE).unlink()
-    (result,) = execute(replace(plan, files={}, steps=plan.steps[1:2]), place)
+    files = {} if source is None else {simulation.SOURCE_FILE: source}
+    (result,) = execute(replace(plan, files=files, steps=plan.steps[1:2]), place)
     assert result.status == "done"
     return result.detail
 
@@ -35,23 +41,30 @@ def _entries(kind: str) -> list[Path]:
 
 
 def test_the_same_project_is_compiled_once_and_changed_bytes_are_not_taken(hls: Any, classifier: Built, tmp_path: Path) -> None:
-    assert _compiled_again(classifier, tmp_path / "second") == "taken from the cache: g++ has compiled these files before"
+    taken = "taken from the cache: g++ has compiled these files before"
+    assert _compiled_again(classifier, tmp_path / "second") == taken
     hls.equals_reference((*classifier[:2], tmp_path / "second"), samples=2)
-    entries = _entries("simulation")
-    for entry in entries:
-        with (entry / "libmodel.so").open("ab") as library:
-            library.write(b"\0")
-    assert "taken" not in _compiled_again(classifier, tmp_path / "third")
-    assert _compiled_again(classifier, tmp_path / "fourth").startswith("taken")
+    before = set(_entries("simulation"))
+    assert _compiled_again(classifier, tmp_path / "third", SMALL) != taken
+    (entry,) = set(_entries("simulation")) - before
+    assert _compiled_again(classifier, tmp_path / "fourth", SMALL) == taken
+    with (entry / "libmodel.so").open("ab") as library:
+        library.write(b"\0")
+    assert _compiled_again(classifier, tmp_path / "fifth", SMALL) != taken
+    assert _answer(tmp_path / "fifth") == 42
 
 
-def test_a_folder_that_cannot_be_a_cache_is_said_and_the_simulation_is_compiled(
-    hls: Any, classifier: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _answer(folder: Path) -> int:
+    # In a process of its own: ctypes never unloads it.
+    code = f"import ctypes; print(ctypes.CDLL({str(folder / simulation.LIBRARY_FILE)!r}).answer())"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60).stdout)
+
+
+def test_a_folder_that_cannot_be_a_cache_is_said_and_the_simulation_is_compiled(classifier: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert _compiled_again(classifier, tmp_path / "built").startswith("not cached: ")
-    hls.equals_reference((*classifier[:2], tmp_path / "built"), samples=2)
+    assert _compiled_again(classifier, tmp_path / "built", SMALL).startswith("not cached: ")
+    assert _answer(tmp_path / "built") == 42
 
 
 def test_a_cache_that_others_can_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

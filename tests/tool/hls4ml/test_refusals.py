@@ -129,7 +129,7 @@ def test_a_board_of_another_maker_is_refused_by_name(board: str, backend: str) -
 
 def test_the_document_lists_the_rules_of_the_code() -> None:
     root = Path(__file__).parents[3]
-    code = "".join((root / "targets" / "hls4ml" / f"{name}.py").read_text(encoding="utf-8") for name in ("rules", "folding", "__init__"))
-    rules = set(re.findall(r'Problem\(\s*[\w.]+,\s*"([a-z-]+)"', code))
+    code = "".join((root / "targets" / "hls4ml" / f"{name}.py").read_text(encoding="utf-8") for name in ("rules", "folding", "search", "__init__"))
+    rules = set(re.findall(r'Problem\(\s*[\w."]+,\s*"([a-z-]+)"', code))
     table = (root / "docs" / "hls4ml.md").read_text(encoding="utf-8").partition("## What is refused")[2].partition("Float islands")[0]
     assert set(re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)) == rules and len(rules) > 10

@@ -40,20 +40,31 @@ def test_nothing_in_the_folder_says_where_it_was_built(classifier: Built) -> Non
     assert "AP_SAT_SYM" not in (folder / "project/firmware/defines.h").read_text()
 
 
-def test_two_simulations_live_in_one_process(hls: Any, classifier: Built, tools: None, tmp_path: Path) -> None:
-    weight, _ = hls.random(9)
+def _signal(hls: Any) -> QuantGraph:
+    """1-D, a batch of two, a softmax that the host computes."""
+    weight, bias = hls.random(4)
     writer = FormWriter(recipe=Recipe())
-    y = writer.gemm(writer.input("x", (1, 4), scale=2**-3), weight(3, 4), 2**-7, scale=2**-1)
-    writer.output(y, "y")
-    other = hls.build(writer.graph(), tmp_path / "other")
-    x = np.arange(4, dtype=np.int8).reshape(1, 4) * 40
+    y = writer.input("signal", (2, 2, 16), scale=2**-5)
+    y = writer.conv(y, weight(3, 2, 5), 2**-7, bias(3), scale=2**-2, activation="Relu", strides=(2,), pads=(2, 1))
+    y = writer.max_pool(y, kernel=(3,), strides=(2,), pads=(1, 0))
+    y = writer.average_pool(y, kernel=(2,), strides=(1,), pads=(0, 0), scale=2**-3)
+    writer.output(y, "features")
+    writer.softmax_output(writer.gemm(writer.flatten(y), weight(4, 9), 2**-9, bias(4), scale=2**-2, activation=("Clip", -2.0, 3.0)), "probabilities")
+    return writer.graph()
+
+
+def test_two_simulations_live_in_one_process(hls: Any, classifier: Built, tools: None, tmp_path: Path) -> None:
+    other = hls.build(_signal(hls), tmp_path / "other")
+    for name, values in hls.equals_reference(other).items():
+        assert values.std() > 0.01, f"{name} is constant: nothing was compared"
+    signal = np.arange(64, dtype=np.int8).reshape(2, 2, 16) * 2
     image = np.arange(36, dtype=np.int8).reshape(1, 1, 6, 6)
     with hls.open(classifier) as first, hls.open(other) as second:
         for _ in range(2):
-            np.testing.assert_array_equal(second.run_quantised({"x": x})["y"], reference.run(other[0], {"x": x})["y"])
+            np.testing.assert_array_equal(second.run_quantised({"signal": signal})["features"], reference.run(other[0], {"signal": signal})["features"])
             np.testing.assert_array_equal(first.run_quantised({"image": image})["logits"], reference.run(classifier[0], {"image": image})["logits"])
     with pytest.raises(IsthmusError, match="the session is closed"):
-        second.run_raw({"x": x})
+        second.run_raw({"signal": signal})
 
 
 def test_a_closed_session_unloads_its_library(hls: Any, classifier: Built) -> None:
