@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,7 +46,7 @@ def zoo_show(reference: Reference, as_json: Json = False) -> None:
     from isthmus.train import zoo as systems
 
     architecture, chosen = systems.parse(_prefixed(reference))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for preset in [chosen] if "@" in reference else list(architecture.presets):
         cost = cost_of(f"{systems.PREFIX}{architecture.name}@{preset}", {}, "mac")
         configuration = architecture.presets[preset]

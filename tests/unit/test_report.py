@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.measurement import Measurement
 from isthmus.cost import cost_of_graph
 from isthmus.errors import IsthmusError
 from isthmus.form_writer import FormWriter
+from isthmus.measurement import Measurement
 from isthmus.recipe import Recipe
 from isthmus.report import figures, layers_of, render
 from isthmus.report.markup import Html, element, join, style
