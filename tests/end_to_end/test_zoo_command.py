@@ -28,7 +28,7 @@ def command(monkeypatch, capsys):
 
 
 def test_a_system_is_shown(command):
-    code, out, _ = command("zoo", "show", "mobilenet_small", "--json")
+    code, out, _ = command("zoo", "show", "mobilenet_small@pneumonia", "--json")
     shown = json.loads(out)
     assert code == 0
     assert {row["preset"]: row["parameters"] for row in shown["presets"]}["pneumonia"] == 35_186
