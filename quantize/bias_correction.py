@@ -18,7 +18,7 @@ from isthmus.quantize.onnx_ptq import Arrays, open_with_outputs, tensor_values
 from isthmus.quantize.program_walk import feeds_for_walk, float_layers, walk
 from isthmus.recipe import Recipe
 
-CORRECTED = frozenset({"Conv", "Gemm"})  # a MatMul has no bias to correct
+CORRECTED = frozenset({"Conv", "Gemm"})
 SAMPLES = 64
 
 

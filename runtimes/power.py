@@ -21,8 +21,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
 
+from isthmus.bench import EnergyMeter
 from isthmus.errors import IsthmusError
 
 POWERCAP = Path("/sys/class/powercap")
@@ -46,19 +46,7 @@ _RAIL = re.compile(r"(?<![\w@/])([A-Z][A-Z0-9_]*) (\d{1,9})(?:mW)?/(\d{1,9})(?:m
 _NOT_RAILS = frozenset({"RAM", "SWAP", "IRAM"})
 
 
-class Meter(Protocol):
-    """Joules since `start`. The harness reads it before and after, and once idle."""
-
-    source: str
-
-    def start(self) -> None: ...
-
-    def energy_j(self) -> float: ...
-
-    def stop(self) -> None: ...
-
-
-def open_meter(name: str) -> Meter | None:
+def open_meter(name: str) -> EnergyMeter | None:
     """The meter `name` ("auto": the first that is here, None where none is; "none"). Raises `IsthmusError` where a named one cannot be read."""
     if name == "none":
         return None
@@ -333,7 +321,7 @@ def _number(path: Path) -> int:
     return int(text)
 
 
-_OPENERS: dict[str, Callable[[], Meter]] = {"ina": InaMeter, "tegrastats": TegrastatsMeter, "rapl": RaplMeter}
+_OPENERS: dict[str, Callable[[], EnergyMeter]] = {"ina": InaMeter, "tegrastats": TegrastatsMeter, "rapl": RaplMeter}
 
 
-__all__ = ["CsvMeter", "InaMeter", "Meter", "RaplMeter", "TegrastatsMeter", "integrate", "open_meter", "parse_tegrastats"]
+__all__ = ["CsvMeter", "InaMeter", "RaplMeter", "TegrastatsMeter", "integrate", "open_meter", "parse_tegrastats"]

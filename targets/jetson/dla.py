@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The deep learning accelerator (DLA) of Xavier, Orin NX and AGX Orin: which layers it takes, by its own limits, and which fall back to the GPU.
 
-Limits: NVIDIA, TensorRT documentation, "DLA Supported Layers and Restrictions". A DLA reads FP16 or int8 tensors of four axes.
+Limits: NVIDIA, TensorRT documentation, "DLA Supported Layers and Restrictions", read for Conv, ConvTranspose and Concat; those of pooling and resize and
+of padding and dilation are recalled, not read again: check before relying on them. A DLA reads FP16 or int8 tensors of four axes.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import isthmus
-from isthmus import cli
 from isthmus.bundle import Bundle
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -24,21 +23,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench") / "bundle"
     isthmus.compile(MODELS / "network.onnx", targets=["cpu", "rpi5", "jetson-orin-nano"], tune=False, output=folder)
     return folder
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["isthmus", *map(str, words)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def test_each_scenario_leaves_its_own_file(bundle, command):

@@ -22,6 +22,9 @@ from isthmus.train.system import train_system
 from isthmus.train.zoo import ZooSystem, medmnist, medmnist_dnn, mobilenet_small
 
 
+REAL = medmnist.SYSTEM  # tests put a smaller system in its place
+
+
 def fewer(split: Split, train: int, rest: int = 100) -> Split:
     parts = {"train": train, "val": rest, "test": rest}
     return replace(split, **{f"{axis}_{part}": getattr(split, f"{axis}_{part}")[:count] for part, count in parts.items() for axis in "xy"})
@@ -29,15 +32,14 @@ def fewer(split: Split, train: int, rest: int = 100) -> Split:
 
 @functools.cache
 def organs(channels: int) -> Split:
-    return medmnist.SYSTEM.load_data(replace(medmnist.SYSTEM.configuration("organa-nano"), input_channels=channels), 0, None)
+    return REAL.load_data(replace(REAL.configuration("organa-nano"), input_channels=channels), 0, None)
 
 
 def small(preset: str) -> ZooSystem:
     """The system with this preset for OrganAMNIST alone, on a part of its stand-in and two epochs."""
-    system = medmnist.SYSTEM
     return replace(
-        system,
-        presets={preset: system.presets[preset]},
+        REAL,
+        presets={preset: REAL.presets[preset]},
         load_data=lambda config, seed, root: fewer(organs(config.input_channels), 300),
         train=TrainConfig(epochs=2, learning_rate=1e-2),
         train_presets={},
