@@ -21,7 +21,6 @@ from isthmus.train.metrics import classification_metrics
 from isthmus.train.system import train_system
 from isthmus.train.zoo import ZooSystem, medmnist, medmnist_dnn, mobilenet_small
 
-
 REAL = medmnist.SYSTEM  # tests put a smaller system in its place
 
 
