@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tuned `cpu` artifact against the fastest of its peers: `python benchmarks/cpu_vs_peers.py [--data FOLDER] [--only NETWORK ...] [--json FILE]`.
 
-Peers: ONNX Runtime (float, and the QDQ models of its own quantiser with uint8 and with int8 activations), LiteRT (int8) and OpenVINO (float, and the uint8
-QDQ model). Six networks (`networks.py`), one thread and two; all take turns in one process. The cost in accuracy stands in the same table: agreement with
-the float model's decisions on samples nobody calibrated on, and with --data (the folder of PneumoniaMNIST's file) top-1 of C2, trained on it. Prints
-Markdown; exit code 1 where the tuned artifact takes more than 1.03 times as long as the fastest peer. 15 minutes on two quiet cores.
-
-ExecuTorch is not among them: it runs in an environment of its own, and sessions that take turns share one process.
+Peers: ONNX Runtime (float, and the QDQ models of its own quantiser with uint8 and with int8 activations), LiteRT (int8), OpenVINO (float, and the uint8
+QDQ model) and, where it is installed, ExecuTorch with XNNPACK (float and int8; `peer_executorch.py`). Six networks (`networks.py`), one thread and two;
+all take turns in one process. The cost in accuracy stands in the same table: agreement with the float model's decisions on samples nobody calibrated on,
+and with --data (the folder of PneumoniaMNIST's file) top-1 of C2, trained on it. Prints Markdown; exit code 1 where the tuned artifact takes more than 1.03
+times as long as the fastest peer. 20 minutes on two quiet cores.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import peer_executorch
+import torch
 from networks import C2, NETWORKS, trained_c2
 from torch import nn
 
@@ -52,6 +53,7 @@ class Case:
     """One network with its samples, float32. `labels` of the evaluation samples where the network is trained."""
 
     name: str
+    module: nn.Module
     model: onnx.ModelProto
     calibration: np.ndarray
     evaluation: np.ndarray
@@ -96,9 +98,10 @@ class Result:
 def case_of(name: str, data: Path | None) -> Case:
     network = NETWORKS[name]
     if name != TRAINED or data is None:
-        return Case(name, _exported(network.module(), network.example), network.samples(CALIBRATION), network.samples(EVALUATION, seed=1))
+        module = network.module()
+        return Case(name, module, _exported(module, network.example), network.samples(CALIBRATION), network.samples(EVALUATION, seed=1))
     module, split = trained_c2(data)
-    return Case(name, _exported(module, network.example), split.x_train[:CALIBRATION], split.x_test, split.y_test)
+    return Case(name, module, _exported(module, network.example), split.x_train[:CALIBRATION], split.x_test, split.y_test)
 
 
 def _exported(module: nn.Module, example: Any) -> onnx.ModelProto:
@@ -107,12 +110,17 @@ def _exported(module: nn.Module, example: Any) -> onnx.ModelProto:
 
 # ---- contestants
 def peers(case: Case, folder: Path) -> dict[str, tuple[type[Session], Path]]:
-    """ONNX files by contestant and engine: float, and what ONNX Runtime's own quantiser makes of it."""
+    """Files by contestant, and the engine of each: ONNX, float and as ONNX Runtime's own quantiser makes it, and ExecuTorch's where it is here."""
     files = {kind: folder / f"{kind}.onnx" for kind in ("float", "uint8", "int8")}
     onnx.save(case.model, files["float"])
     for kind in ("uint8", "int8"):
         _quantised_by_onnxruntime(files["float"], files[kind], case, kind)
-    return {
+    theirs: dict[str, tuple[type[Session], Path]] = {}
+    for kind in ("float", "int8") if peer_executorch.is_installed() else ():
+        file = folder / f"{kind}.pte"
+        peer_executorch.export(case.module, torch.from_numpy(case.calibration[:1]), case.calibration, file, int8=kind == "int8")
+        theirs[f"ExecuTorch {kind}"] = (peer_executorch.ExecuTorchSession, file)
+    return theirs | {
         "ONNX Runtime float": (OnnxRuntimeSession, files["float"]),
         "ONNX Runtime uint8": (OnnxRuntimeSession, files["uint8"]),
         "ONNX Runtime int8": (OnnxRuntimeSession, files["int8"]),

@@ -14,6 +14,7 @@ marked invalid, with the reason.
 from __future__ import annotations
 
 import gc
+import random
 import threading
 import time
 from array import array
@@ -117,8 +118,9 @@ def measure_interleaved(
 ) -> dict[str, Measurement]:
     """Like `measure`, for several sessions that take turns, so that drift of the machine hits all alike.
 
-    They change over every BLOCK_COUNT queries and who begins rotates; each turn starts with one untimed run, since the session before has
-    just emptied the caches. All stop together, so that sample i of each was taken at about the same time.
+    They change over every BLOCK_COUNT queries, in an order drawn anew for every round: an engine whose threads still spin after a run slows
+    whoever comes next. Each turn starts with one untimed run, since the session before has just emptied the caches. All stop together, so
+    that sample i of each was taken at about the same time.
     """
     rules = rules or Rules()
     if rules.scenario == OFFLINE:
@@ -404,18 +406,17 @@ class _Series:
 
 
 def _take_turns(series: Sequence[_Series], count: int, duration_ns: int, limit_ns: int) -> None:
-    turn = 0
+    draw = random.Random(0)
     while not all(one.is_enough(count, duration_ns) for one in series):
         running = [one for one in series if not one.failure]
         if any(one.spent_ns >= limit_ns for one in running):
             return
-        for index in range(len(running)):
-            one = running[(turn + index) % len(running)]
+        draw.shuffle(running)
+        for one in running:
             if len(series) > 1:
                 one.lead_in()
             if not one.failure:
                 one.block(BLOCK_COUNT, limit_ns - one.spent_ns)
-        turn += 1
 
 
 class _Offline:

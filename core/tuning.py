@@ -54,6 +54,7 @@ MAX_DROP = 0.01
 CLOSE = 0.02  # of the range of an output without classes: what counts as the same value
 COMPARED_SAMPLES = 16  # of a candidate; what is taken is compared on all golden samples
 RULES = Rules(min_count=200, min_duration_s=0.2, max_duration_s=1.0, max_warmup_s=0.3, percentile=50.0)
+FINAL_RULES = replace(RULES, min_count=400, min_duration_s=1.0, max_duration_s=6.0)  # of those that the first round cannot tell apart
 LEAST_COUNT = 16  # of runs
 FLOAT_TOLERANCE = 1e-3  # of a float model: optimised kernels add in another order, layer after layer
 FLOAT = "float"
@@ -247,18 +248,29 @@ class Tuning:
             candidate.refused = f"{self.judge.metric} {candidate.score:.4f} is below {self.judge.least:.4f}"
 
     def _timed(self, candidates: Sequence[_Candidate], untuned: _Candidate) -> None:
-        """All that could be built, in turns: also those whose accuracy does not hold, so that the table says what it would have bought."""
+        """All that could be built, in turns: also those whose accuracy does not hold, so that the table says what it would have bought.
+
+        Then once more, and longer, those that may be the fastest by their intervals.
+        """
         self.say(f"{self.job.profile.name}: timing {sum(1 for one in candidates if one.score is not None)} candidates", None)
-        measured = _measured([one for one in candidates if one.score is not None], self.threads)
+        self._compared([one for one in candidates if one.score is not None], untuned, RULES)
+        able = [one for one in candidates if not one.refused and one.ratio is not None]
+        if able:
+            least = min(one.ratio[2] for one in able if one.ratio)
+            near = [one for one in able if one.ratio and one.ratio[1] <= least]
+            if len(near) > 1 or least >= 1:
+                self.say(f"{self.job.profile.name}: timing {len(near)} of them again", None)
+                self._compared([untuned, *near], untuned, FINAL_RULES)
+
+    def _compared(self, candidates: Sequence[_Candidate], untuned: _Candidate, rules: Rules) -> None:
+        """Each one's measurement, and its ratio to the untuned's."""
+        measured = _measured(candidates, replace(rules, threads=self.threads))
         for candidate in candidates:
-            candidate.measurement = measured.get(candidate.name)
-            if candidate.measurement is None:
-                continue
+            candidate.measurement = measured[candidate.name]
             why = _unusable(candidate.measurement)
             candidate.refused = candidate.refused or why
-            base = measured[untuned.name]
-            if not why and not _unusable(base) and candidate is not untuned:
-                candidate.ratio = ratio_interval(candidate.measurement, base)
+            if not why and not _unusable(measured[untuned.name]) and candidate is not untuned:
+                candidate.ratio = ratio_interval(candidate.measurement, measured[untuned.name])
 
     def _taken(self, candidates: Sequence[_Candidate], untuned: _Candidate) -> _Candidate:
         """The fastest whose accuracy holds and that is faster than the untuned beyond the noise; the others learn why not."""
@@ -304,7 +316,7 @@ class Tuning:
         """p50 in ns of what is taken and of the untuned; empty where tuned for several threads, or on one processor."""
         if self.threads != 1 or len(os.sched_getaffinity(0)) < 2:
             return {}
-        measured = _measured([untuned, *([taken] if taken is not untuned else [])], 2)
+        measured = _measured([untuned, *([taken] if taken is not untuned else [])], replace(RULES, threads=2))
         return {name: int(one.p50_ns) for name, one in measured.items() if not _unusable(one)}
 
     def _record(self, candidates: Sequence[_Candidate], taken: _Candidate, untuned: _Candidate, two_threads: Mapping[str, int]) -> dict[str, Any]:
@@ -392,14 +404,14 @@ def _opened(candidate: _Candidate, threads: int = 1) -> Session:
     return session
 
 
-def _measured(candidates: Sequence[_Candidate], threads: int) -> dict[str, Measurement]:
+def _measured(candidates: Sequence[_Candidate], rules: Rules) -> dict[str, Measurement]:
     with ExitStack() as stack:
         sessions = {}
         for one in candidates:
             assert one.form is not None
-            session = stack.enter_context(_opened(one, threads))
+            session = stack.enter_context(_opened(one, rules.threads))
             sessions[one.name] = (session, raw_feeds(session, one.form.golden))
-        return measure_interleaved(sessions, replace(RULES, threads=threads))
+        return measure_interleaved(sessions, rules)
 
 
 def _unusable(measurement: Measurement) -> str:
@@ -407,4 +419,4 @@ def _unusable(measurement: Measurement) -> str:
     failures = [reason for reason in measurement.reasons if not reason.startswith(("warm-up", "time limit"))]
     if measurement.count >= LEAST_COUNT and not failures:
         return ""
-    return "; ".join(failures) or f"{measurement.count} samples in {RULES.max_duration_s:g} s, {LEAST_COUNT} are needed"
+    return "; ".join(failures) or f"{measurement.count} samples in {measurement.elapsed_ns / 1e9:.1f} s, {LEAST_COUNT} are needed"
