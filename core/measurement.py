@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,6 +147,19 @@ class Measurement:
     def _needs_samples(self) -> None:
         if not self.count:
             raise IsthmusError(f"measurement without samples: {'; '.join(self.reasons)}")
+
+
+def pooled(parts: Sequence[Measurement]) -> Measurement:
+    """Measurements of one artifact, opened anew for each, as one: where an engine's buffers come to lie is drawn anew each time, and moves its times.
+
+    Conditions are the first one's. Raises `IsthmusError` on none, or where energy was read: that is a mean of its own.
+    """
+    if not parts or any(one.energy_j is not None for one in parts):
+        raise IsthmusError(f"{len(parts)} measurements to pool, expected at least one, without energy")
+    reasons = tuple(dict.fromkeys(reason for one in parts for reason in one.reasons))
+    sums = (sum(getattr(one, name) for one in parts) for name in ("warmup_count", "inference_count", "elapsed_ns"))
+    samples = np.concatenate([one.samples_ns for one in parts])
+    return Measurement(parts[0].scenario, samples, *sums, parts[0].conditions, None, all(one.valid for one in parts), reasons)
 
 
 _JSON_TYPES: dict[str, tuple[type, ...]] = {

@@ -39,7 +39,7 @@ from isthmus.dataset import Dataset
 from isthmus.errors import IsthmusError
 from isthmus.float_model import run_float
 from isthmus.graph import QuantGraph
-from isthmus.measurement import Measurement, ratio_interval
+from isthmus.measurement import Measurement, pooled, ratio_interval
 from isthmus.plan import BuildPlan, execute
 from isthmus.post_training import PostTraining
 from isthmus.recipe import Recipe
@@ -54,7 +54,9 @@ MAX_DROP = 0.01
 CLOSE = 0.02  # of the range of an output without classes: what counts as the same value
 COMPARED_SAMPLES = 16  # of a candidate; what is taken is compared on all golden samples
 RULES = Rules(min_count=200, min_duration_s=0.2, max_duration_s=1.0, max_warmup_s=0.3, percentile=50.0)
-FINAL_RULES = replace(RULES, min_count=400, min_duration_s=1.0, max_duration_s=6.0)  # of those that the first round cannot tell apart
+# Those that the first round cannot tell apart: longer, and opened anew several times, since where buffers come to lie is worth several per cent.
+FINAL_RULES = replace(RULES, min_duration_s=0.5, max_duration_s=2.0)
+FINAL_ROUNDS = 3
 LEAST_COUNT = 16  # of runs
 FLOAT_TOLERANCE = 1e-3  # of a float model: optimised kernels add in another order, layer after layer
 FLOAT = "float"
@@ -260,11 +262,11 @@ class Tuning:
             near = [one for one in able if one.ratio and one.ratio[1] <= least]
             if len(near) > 1 or least >= 1:
                 self.say(f"{self.job.profile.name}: timing {len(near)} of them again", None)
-                self._compared([untuned, *near], untuned, FINAL_RULES)
+                self._compared([untuned, *near], untuned, FINAL_RULES, FINAL_ROUNDS)
 
-    def _compared(self, candidates: Sequence[_Candidate], untuned: _Candidate, rules: Rules) -> None:
+    def _compared(self, candidates: Sequence[_Candidate], untuned: _Candidate, rules: Rules, rounds: int = 1) -> None:
         """Each one's measurement, and its ratio to the untuned's."""
-        measured = _measured(candidates, replace(rules, threads=self.threads))
+        measured = _measured(candidates, replace(rules, threads=self.threads), rounds)
         for candidate in candidates:
             candidate.measurement = measured[candidate.name]
             why = _unusable(candidate.measurement)
@@ -404,7 +406,12 @@ def _opened(candidate: _Candidate, threads: int = 1) -> Session:
     return session
 
 
-def _measured(candidates: Sequence[_Candidate], rules: Rules) -> dict[str, Measurement]:
+def _measured(candidates: Sequence[_Candidate], rules: Rules, rounds: int = 1) -> dict[str, Measurement]:
+    found = [_measured_once(candidates, rules) for _ in range(rounds)]
+    return {one.name: pooled([measured[one.name] for measured in found]) for one in candidates}
+
+
+def _measured_once(candidates: Sequence[_Candidate], rules: Rules) -> dict[str, Measurement]:
     with ExitStack() as stack:
         sessions = {}
         for one in candidates:

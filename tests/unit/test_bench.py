@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from isthmus import bench
 from isthmus.bench import BLOCK_COUNT, NullSession, Rules
 from isthmus.errors import IsthmusError
-from isthmus.measurement import Measurement, ratio_interval, required_count
+from isthmus.measurement import Measurement, pooled, ratio_interval, required_count
 from isthmus.session import Session
 from isthmus.spec import TensorSpec
 
@@ -483,3 +483,14 @@ def test_energy_that_does_not_rise_above_idle_is_not_quoted():
     result = bench.measure(session, FEEDS, Rules(min_duration_s=0.05, percentile=50, idle_s=0.05, max_warmup_s=0.1), meter=Meter(session, -1.0))
     assert result.energy_j is None
     assert measure(Sleeping(), FEEDS, percentile=50, min_duration_s=0, max_warmup_s=0.1).conditions["energy"] == "no power meter was read"
+
+
+# ---- pooling
+def test_rounds_are_pooled_into_one():
+    parts = [taken([10, 20], conditions={"round": index}) for index in range(2)] + [taken([30, 40], valid=False, reasons=("too few",))]
+    whole = pooled(parts)
+    assert whole.samples_ns.tolist() == [10, 20, 10, 20, 30, 40]
+    assert (whole.inference_count, whole.elapsed_ns, whole.conditions["round"]) == (6, 3000, 0)
+    assert not whole.valid and whole.reasons == ("too few",)
+    with pytest.raises(IsthmusError, match="0 measurements to pool"):
+        pooled([])
