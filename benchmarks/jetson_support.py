@@ -2,8 +2,8 @@
 """What TensorRT makes of each operator of the form: `python benchmarks/jetson_support.py`. Needs the extra `tensorrt-check`, and no GPU.
 
 Every tiny model of tests/models, lowered in each dialect: its numbers in ONNX Runtime without optimisations against the integer reference (largest
-difference in steps), and what NVIDIA's TensorRT-RTX compiles it to for SM86. Then constructs that NVIDIA refuses, with its own sentence. Prints the two
-Markdown tables of docs/jetson.md.
+difference in steps), and what NVIDIA's TensorRT-RTX compiles it to for SM86 and for SM89. Then constructs that NVIDIA refuses, with its own
+sentence. Prints the two Markdown tables of docs/jetson.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from isthmus.targets.jetson.lint import PRODUCTS
 from isthmus.targets.jetson.lower import onnx_from_graph
 
 MODELS = Path(__file__).parents[1] / "tests" / "models"
-SM, OLD_SM = 86, 75
+SM, SECOND_SM, OLD_SM = 86, 89, 75
 RUNS = 20
 # TensorRT 11 reads the file of TensorRT 10: three files for four dialects.
 WRITTEN = (DIALECTS[2], DIALECTS[1], DIALECTS[0])
@@ -88,16 +88,20 @@ def taken() -> None:
         if graph.recipe.scheme != "asymmetric":
             for op in {node.op for node in graph.nodes if node.kind != "border"}:
                 graphs[op].append(graph)
-    print("| operator | models | compiled to | " + " | ".join(f"steps off, {dialect.name} (opset {dialect.opset})" for dialect in WRITTEN) + " |")
-    print("|---|---|---|" + "---|" * len(WRITTEN))
+    numbers = " | ".join(f"steps off, {dialect.name} (opset {dialect.opset})" for dialect in WRITTEN)
+    print(f"| operator | models | compiled to | for SM{SECOND_SM} | {numbers} |")
+    print("|---|---|---|---|" + "---|" * len(WRITTEN))
     for op in (*OPS, *ISLANDS):
         own = [graph for graph in graphs[op] if len(graph.nodes) < 8] or graphs[op]
-        kernels: set[str] = set().union(*(kernels_of(op, graph, quietly_compiled(onnx_from_graph(graph, WRITTEN[0]))) for graph in own))
+        first, second = (every_kernel_of(op, own, sm) for sm in (SM, SECOND_SM))
         label = f"{op} (float island)" if op in ISLANDS else op
-        print(
-            f"| {label} | {len(own)} | {'; '.join(sorted(kernels)) or 'no node of its own'} | {' | '.join(cell(dialect, op, own) for dialect in WRITTEN)} |",
-            flush=True,
-        )
+        cells = [label, str(len(own)), first, "the same" if second == first else second, *(cell(dialect, op, own) for dialect in WRITTEN)]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def every_kernel_of(op: str, graphs: Iterable[QuantGraph], sm: int) -> str:
+    found: set[str] = set().union(*(kernels_of(op, graph, quietly_compiled(onnx_from_graph(graph, WRITTEN[0]), sm)) for graph in graphs))
+    return "; ".join(sorted(found)) or "no node of its own"
 
 
 # ---- what it refuses

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How well latency on a Jetson is predicted: the tables of docs/prediction.md. No board and no GPU; seconds.
 
-`python benchmarks/prediction.py` prints each published row with its prediction by parameters fitted without it, and the ranges whose
-board is not stated. `python benchmarks/prediction.py --count MODEL.onnx --way fused` prints a network's entry for core/measured/networks.toml.
+`python benchmarks/prediction.py` prints each published row with its prediction by parameters fitted without it, the rows that took no part in
+the fit, and how often the interval holds: each network's rows against an interval made without them.
+`python benchmarks/prediction.py --count MODEL.onnx --way fused` prints a network's entry for core/measured/networks.toml.
 """
 
 from __future__ import annotations
@@ -43,6 +44,19 @@ def rows_table(found: Fit) -> list[str]:
     return lines
 
 
+def covered(runtime: str) -> tuple[int, int]:
+    """(rows inside, rows): each network left out whole, its rows held against the interval of a fit that never saw them, its factor included."""
+    rows, networks = [row for row in published_rows() if row.runtime == runtime and row.fitted], published_networks()
+    inside = 0
+    for name in {row.network for row in rows}:
+        without = fit(runtime, [row for row in rows if row.network != name], networks)
+        for row in rows:
+            if row.network == name:
+                error = row.error(without.coefficients.seconds(work_of_row(row, row.boards[0], networks)))
+                inside += abs(error) <= math.log(without.factor)
+    return inside, len(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", metavar="MODEL")
@@ -55,6 +69,8 @@ def main() -> None:
     for runtime in RUNTIMES:
         found = published_fit(runtime)
         print(f"\n{runtime}: {found.said()}; interval: a factor of {found.factor:.2f}\n", *rows_table(found), sep="\n")
+        inside, count = covered(runtime)
+        print(f"\n{inside} of {count} rows lie inside an interval that was made without their network")
     found = published_fit("framework")
     print("\nthe twelve:", told([error for row, error in zip(found.rows, found.errors, strict=True) if row.network.startswith(TWELVE)]))
     boards = {row.boards for row in found.rows if row.network.startswith(TWELVE)}
@@ -66,9 +82,14 @@ def main() -> None:
     print("the twelve, each without its whole board:", told(by_board))
     print("\n| network | published | predicted |\n|---|---|---|")
     for row in published_rows():
-        if not row.fitted and row.fps:
-            each = [f"{board} {1 / found.coefficients.seconds(work_of_row(row, board, networks)):.1f} FPS" for board in row.boards]
-            print(f"| {row.network} | {row.fps[0]:g} to {row.fps[1]:g} FPS, board not stated | {', '.join(each)} |")
+        if not row.fitted:
+            own = published_fit(row.runtime).coefficients
+            seconds = {board: own.seconds(work_of_row(row, board, networks)) for board in row.boards}
+            if row.fps:
+                each = [f"{board} {1 / likely:.1f} FPS" for board, likely in seconds.items()]
+                print(f"| {row.network} | {row.fps[0]:g} to {row.fps[1]:g} FPS, board not stated | {', '.join(each)} |")
+            elif row.seconds:
+                print(f"| {row.network}, {row.precision} | {1e3 * row.seconds:.2f} ms, {row.boards[0]} | {1e3 * seconds[row.boards[0]]:.2f} ms |")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -69,14 +69,21 @@ def manifest_entry(plan: BuildPlan, job: Job, results: Sequence[StepResult], fol
     }
 
 
-def check_artifact(folder: Path, name: str, entry: dict[str, Any], outputs: Sequence[TensorSpec], golden: Golden) -> None:
-    """Fills `verification` and `accuracy` of the entry. Raises `VerificationError` where a difference is beyond what the target declared."""
+def check_artifact(
+    folder: Path, name: str, entry: dict[str, Any], outputs: Sequence[TensorSpec], golden: Golden, judge: Callable[[Golden], float] | None = None
+) -> None:
+    """Fills `verification` and `accuracy` of the entry, and `score` with what `judge` makes of the outputs.
+
+    Raises `VerificationError` where a difference is beyond what the target declared.
+    """
     engine = import_module(f"isthmus.runtimes.{entry['engine']}")
     with engine.open_session(folder, entry, 1) as session:
         actual = session.run_samples(golden_side(golden, "input"))
     comparisons = compare_outputs(outputs, golden_side(golden, "output"), actual, entry["max_lsb_allowed"], entry["float_tolerance"])
     entry["verification"] = [comparison.to_json() for comparison in comparisons]
     entry["accuracy"] = accuracy_of(next(iter(actual.values())), golden["label"])
+    if judge is not None:
+        entry["score"] = judge(actual)
     for comparison in comparisons:
         if not comparison.passed:
             raise VerificationError(f"{name}: {difference(comparison, entry)}")

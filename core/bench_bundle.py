@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from isthmus.affinity import pinned
 from isthmus.bench import OFFLINE, SCENARIOS, SINGLE_STREAM, EnergyMeter, Rules, measure, measure_interleaved, measure_offline, raw_feeds
-from isthmus.bundle import Bundle
+from isthmus.bundle import NEEDS_BOARD, Bundle
 from isthmus.console import grid
 from isthmus.errors import IsthmusError
 from isthmus.loadgen import measure_by_loadgen
@@ -31,9 +31,9 @@ BENCH_RULES = Rules(min_count=1000, min_duration_s=2.0, max_duration_s=120.0)
 def why_not_measured(entry: Mapping[str, Any]) -> str:
     """Why an artifact has no latency on this machine; "" where it has one."""
     if not entry["runs_here"]:
-        return "needs the board"
+        return NEEDS_BOARD
     if any(getattr(import_module(f"isthmus.runtimes.{part['engine']}"), "SIMULATOR", False) for part in (entry, *entry.get("parts", ()))):
-        return "needs the board"  # a simulator's time says nothing about the hardware it simulates
+        return NEEDS_BOARD  # a simulator's time says nothing about the hardware it simulates
     return ""
 
 
@@ -51,12 +51,15 @@ def bench_bundle(
 ) -> tuple[Bundle, dict[str, Measurement]]:
     """Measures `profiles` (all that run here where none is named); gives the bundle with the raw samples in it.
 
-    Several take turns; Offline and a power meter need the machine for one alone, so they go one after the other. `against` names a profile of
+    Several take turns; Offline and a power meter need the machine for one alone, so they go one after the other. Of engines that this board built for
+    one profile the faster that holds the accuracy is kept (`isthmus.runtimes.tensorrt.choice`). `against` names a profile of
     this bundle or another bundle's folder (the same profile of it): measured beside the first, and the ratio with its interval is kept in the
     first one's conditions; its own measurement is given under "profile @ folder". `cpus` pins the process, `streams` counts Offline's sessions.
     Raises `IsthmusError` where a named profile needs its board, or nothing can be measured here.
     """
-    entries = _measurable(bundle, profiles)
+    entries = _measurable(bundle, profiles, trust)
+    on_gpu = [profile for profile, entry in entries.items() if entry["engine"] == "tensorrt" and against is None and not loadgen]
+    turns = [profile for profile in entries if profile not in on_gpu]
     alone = rules.scenario == OFFLINE or meter is not None or loadgen
     if against is not None and (len(entries) != 1 or alone):
         raise IsthmusError("--against compares one profile (name it with --target), in turns: not in Offline, with a power meter or with LoadGen")
@@ -64,13 +67,16 @@ def bench_bundle(
         raise IsthmusError("--loadgen drives one session and reads no power meter: leave out --streams and --power, or --loadgen")
     with pinned(cpus), ExitStack() as stack:
         if alone:
-            measurements = {profile: _alone(bundle, profile, rules, 1 if loadgen else streams, meter, loadgen, trust) for profile in entries}
-        else:
-            opened = {profile: _opened(stack, bundle, profile, rules.threads, trust) for profile in entries}
+            measurements = {profile: _alone(bundle, profile, rules, 1 if loadgen else streams, meter, loadgen, trust) for profile in turns}
+        elif turns:
+            opened = {profile: _opened(stack, bundle, profile, rules.threads, trust) for profile in turns}
             if against is not None:
-                label, other, profile = _other(bundle, next(iter(entries)), against)
+                label, other, profile = _other(bundle, next(iter(entries)), against, trust)
                 opened[label] = _opened(stack, other, profile, rules.threads, trust)
             measurements = measure_interleaved(opened, rules)
+        else:
+            measurements = {}
+        measurements |= {profile: _on_gpu(bundle, profile, rules, meter, trust) for profile in on_gpu}
     if cpus is not None:
         measurements = {name: replace(one, conditions={**one.conditions, "pinned_to": list(cpus)}) for name, one in measurements.items()}
     if against is not None:
@@ -161,21 +167,27 @@ def latency_table(measurements: Mapping[str, Measurement]) -> str:
     return "\n".join(lines)
 
 
-def _measurable(bundle: Bundle, profiles: Sequence[str]) -> dict[str, Any]:
+def _measurable(bundle: Bundle, profiles: Sequence[str], trust: bool = False) -> dict[str, Any]:
     entries = {profile: bundle.artifact(profile) for profile in profiles or bundle.profiles}
-    reasons = {profile: why_not_measured(entry) for profile, entry in entries.items()}
+    reasons = {profile: why_not_measured(entry) if entry["runs_here"] else bundle.why_not_here(profile, trust) for profile, entry in entries.items()}
     refused = [profile for profile in profiles if reasons[profile]]
     if refused:
         raise IsthmusError(f"{refused[0]}: {reasons[refused[0]]}; its latency is not to be had on this machine")
     chosen = {profile: entries[profile] for profile, reason in reasons.items() if not reason}
     if not chosen:
-        raise IsthmusError(f"{bundle.root}: no artifact that can be measured on this machine: {', '.join(entries)} need their boards")
+        raise IsthmusError(f"{bundle.root}: no artifact can be measured on this machine: {'; '.join(f'{name}: {reason}' for name, reason in reasons.items())}")
     return chosen
 
 
 def _opened(stack: ExitStack, bundle: Bundle, profile: str, threads: int, trust: bool) -> tuple[Session, list[Arrays]]:
     session = stack.enter_context(bundle.open_session(profile, threads, trust))
     return session, raw_feeds(session, bundle.golden(profile))
+
+
+def _on_gpu(bundle: Bundle, profile: str, rules: Rules, meter: EnergyMeter | None, trust: bool) -> Measurement:
+    from isthmus.runtimes.tensorrt.choice import measure_engines
+
+    return measure_engines(bundle, profile, bundle.golden(profile), rules, meter, trust)
 
 
 def _alone(bundle: Bundle, profile: str, rules: Rules, streams: int | None, meter: EnergyMeter | None, loadgen: bool, trust: bool) -> Measurement:
@@ -191,12 +203,12 @@ def _alone(bundle: Bundle, profile: str, rules: Rules, streams: int | None, mete
         return measure(*opened[0], rules, meter=meter)
 
 
-def _other(bundle: Bundle, profile: str, against: str) -> tuple[str, Bundle, str]:
+def _other(bundle: Bundle, profile: str, against: str, trust: bool) -> tuple[str, Bundle, str]:
     """(label, bundle, profile) of what `--against` names: a profile of this bundle first, else a folder."""
     if against in bundle.profiles:
         if against == profile:
             raise IsthmusError(f"--against {against}: that is the profile itself; name another one or another bundle's folder")
-        _measurable(bundle, [against])
+        _measurable(bundle, [against], trust)
         return against, bundle, against
     if not Path(against).is_dir():
         raise IsthmusError(f"--against {against!r}: neither a profile of this bundle ({', '.join(bundle.profiles)}) nor a bundle's folder")
@@ -204,7 +216,7 @@ def _other(bundle: Bundle, profile: str, against: str) -> tuple[str, Bundle, str
     chosen = profile if profile in other.profiles else next(iter(other.profiles)) if len(other.profiles) == 1 else ""
     if not chosen:
         raise IsthmusError(f"--against {against}: holds {', '.join(other.profiles)}, and not {profile}")
-    _measurable(other, [chosen])
+    _measurable(other, [chosen], trust)
     return f"{chosen} @ {against}", other, chosen
 
 

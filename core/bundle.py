@@ -25,6 +25,7 @@ from isthmus.session import Session
 from isthmus.spec import TensorSpec
 
 SCHEMA = 1
+NEEDS_BOARD = "needs the board"
 MANIFEST = "manifest.json"
 SEAL = "manifest.seal"
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -128,6 +129,21 @@ class Bundle:
         trusted = (trust,) if getattr(engine, "SEALS_WHAT_IT_BUILDS", False) else ()
         session: Session = engine.open_session(self.folder(profile), entry, threads, *trusted)
         return session
+
+    def why_not_here(self, profile: str, trust: bool = False) -> str:
+        """Why this machine does not open the artifact; "" where it does, and where the engine that is left for the board was built in this folder, for it."""
+        entry = self.artifact(profile)
+        if entry["runs_here"]:
+            return ""
+        if not self._built_since(profile, entry):
+            return NEEDS_BOARD
+        try:
+            check = getattr(import_module(f"isthmus.runtimes.{entry['engine']}"), "check_built", None)
+            if check is not None:
+                check(self.folder(profile), trust)
+        except (ImportError, IsthmusError) as error:
+            return str(error)
+        return ""
 
     def _built_since(self, profile: str, entry: Mapping[str, Any]) -> bool:
         """Whether a step that was left for the board has been done in this very folder."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Candidates for `select`: read from a CSV or JSON table that nobody vouches for, or taken from bundles with the bytes and times measured there."""
+"""Candidates for `select`, read from a CSV or JSON table that nobody vouches for."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isthmus.bench_bundle import read_measurements
-from isthmus.bundle import Bundle
-from isthmus.cost import cost_of_graph
 from isthmus.errors import IsthmusError
-from isthmus.graph import QuantGraph
 from isthmus.select import Candidate
 
 MAX_TABLE_BYTES = 8 * 2**20
@@ -25,7 +21,6 @@ MAX_CELL = 200
 SEPARATOR = "+"
 TEXTS = ("name", "kind", "dataset", "members")
 KNOWN_COSTS = frozenset({"size_mb", "int8_mb", "flops_m", "macs_m", "params", "params_m", "time_s", "time_ms", "latency_ms", "energy_mj", "memory_mb"})
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ def read_table(path: str | Path, costs: Sequence[str] = ()) -> Table:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise IsthmusError(f"{file}: no UTF-8 text (byte {error.start}); save the table as UTF-8") from None
-    rows = _json_rows(file, text) if file.suffix == ".json" else _csv_rows(file, text)
+    rows = _json_rows(file, text) if file.suffix.lower() == ".json" else _csv_rows(file, text)
     if not rows:
         raise IsthmusError(f"{file}: no rows; a table has at least one candidate")
     if len(rows) > MAX_ROWS:
@@ -65,35 +60,6 @@ def candidates_of(rows: Sequence[Candidate], include_singles: bool) -> list[Cand
     """The rows to choose from: ensembles, and single models where they are asked for or where there is nothing else."""
     ensembles = [row for row in rows if not row.is_single]
     return list(rows) if include_singles or not ensembles else ensembles
-
-
-def table_of_bundles(paths: Sequence[str | Path]) -> Table:
-    """One candidate an artifact that runs here: top-1 as the manifest has it, bytes of the file, MACs, and the median latency where every one is measured.
-
-    Raises `IsthmusError` where a bundle has no labelled samples: a choice needs a figure of merit.
-    """
-    found, timed = [], True
-    for path in paths:
-        bundle = Bundle.open(path)
-        measurements = read_measurements(bundle)
-        macs = cost_of_graph(QuantGraph.load(bundle.model)).macs
-        for profile in bundle.profiles:
-            entry = bundle.artifact(profile)
-            if not entry["runs_here"]:
-                continue
-            if entry.get("accuracy") is None:
-                raise IsthmusError(f"{bundle.root}: artifact {profile!r} has no accuracy: compile it with labelled samples (--data)")
-            costs = {"int8_mb": entry["size_bytes"] / MIB, "macs_m": macs / 1e6}
-            if profile in measurements:
-                costs["latency_ms"] = measurements[profile].p50_ns / 1e6
-            timed &= profile in measurements
-            found.append((f"{Path(path).name}:{profile}", profile, float(entry["accuracy"]), costs))
-    if not found:
-        raise IsthmusError(f"{', '.join(map(str, paths))}: no artifact there runs here, so nothing is known to choose by")
-    kept = ("int8_mb", "macs_m", *(["latency_ms"] if timed else []))
-    candidates = [Candidate(name, kind, {"top1": top1}, {cost: costs[cost] for cost in kept}) for name, kind, top1, costs in found]
-    _no_name_twice(Path(paths[0]), candidates)
-    return Table({"": tuple(candidates)}, ("top1",), kept)
 
 
 # ---- text into rows

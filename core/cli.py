@@ -75,6 +75,7 @@ app.command()(listing.doctor)
 zoo.command("list")(zoo_commands.zoo_list)
 zoo.command("show")(zoo_commands.zoo_show)
 zoo.command("train")(zoo_commands.zoo_train)
+zoo.command("table")(zoo_commands.zoo_table)
 
 
 if __name__ == "__main__":

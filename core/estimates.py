@@ -19,30 +19,35 @@ from isthmus.predict import Row as MeasuredRow
 from isthmus.profile import Profile, load_profile
 from isthmus.registry import load_target
 from isthmus.roofline import Kernel, fused, program_of_graph, program_of_onnx
-from isthmus.target import Estimate
+from isthmus.target import Estimate, check_options
 from isthmus.tree_form import TreeForm
 
 Networks = dict[str, Mapping[Kernel, int]]
 
 
-def estimates_on(model: str, loaded: Loaded, names: Sequence[str], rows: Sequence[Path] = ()) -> dict[str, list[Estimate] | str]:
+def estimates_on(
+    model: str, loaded: Loaded, names: Sequence[str], rows: Sequence[Path] = (), options: Mapping[str, Any] | None = None
+) -> dict[str, list[Estimate] | str]:
     """By profile: what its target estimates, the measurement in its place where the bundle holds one, or a sentence why there is nothing.
 
     `rows` are a user's own measurements, which join the published ones: a .csv (see `predict.rows_of_csv`) or a bundle measured on its board.
+    `options` are target options, each for all targets that have it. Raises `IsthmusError` for one that none has.
     """
     profiles = [load_profile(name) for name in dict.fromkeys(names)]
     fits = _fits(rows) if rows else {}
-    return {profile.name: _measured(model, profile.name) or _estimated(loaded, profile, fits) for profile in profiles}
+    check_options([load_target(profile.target) for profile in profiles], options or {})
+    return {profile.name: _measured(model, profile.name) or _estimated(loaded, profile, fits, options or {}) for profile in profiles}
 
 
-def _estimated(loaded: Loaded, profile: Profile, fits: Mapping[str, Fit]) -> list[Estimate] | str:
+def _estimated(loaded: Loaded, profile: Profile, fits: Mapping[str, Fit], options: Mapping[str, Any]) -> list[Estimate] | str:
     if isinstance(loaded, TreeForm):
         return f"{profile.name}: nothing is estimated for a tree model"
     target = load_target(profile.target)
     if profile.target != "jetson":
         if not isinstance(loaded, QuantGraph):
             return f"{profile.name}: target {profile.target} estimates int8 forms alone: compile the model, and ask for the bundle's cost"
-        found = target.estimate(loaded, profile, target.with_defaults(profile.defaults))
+        own = {name: value for name, value in options.items() if name in target.options}
+        found = target.estimate(loaded, profile, target.with_defaults({**profile.defaults, **own}))
         return found or f"{profile.name}: target {profile.target} estimates nothing; 'isthmus bench' measures where the artifact runs"
     missing = missing_facts(profile)
     if missing:
@@ -105,9 +110,9 @@ def estimates_json(found: Mapping[str, list[Estimate] | str]) -> dict[str, Any]:
     return {name: one if isinstance(one, str) else [asdict(estimate) for estimate in one] for name, one in found.items()}
 
 
-def estimates_table(found: Mapping[str, list[Estimate] | str]) -> str:
-    """A line a way of running the graph, what the figures come from below, and why a board has none."""
-    rows, said = [], []
+def estimates_table(found: Mapping[str, list[Estimate] | str], layers: bool = False) -> str:
+    """A line a way of running the graph, what the figures come from below, and why a board has none. `layers`: first a line a layer, where known."""
+    rows, said, tables = [], [], []
     for name, estimates in found.items():
         if isinstance(estimates, str):
             said.append(estimates)
@@ -117,7 +122,10 @@ def estimates_table(found: Mapping[str, list[Estimate] | str]) -> str:
             rows.append([name, estimate.label, estimate.word, *times, ", ".join(f"{value:,.0f} {key}" for key, value in estimate.resources.items())])
             line = f"{estimate.word}, {estimate.label.partition(',')[0]}: {estimate.basis}"
             said += [line] if line not in said else []
+            if layers and estimate.layers:
+                cells = [[f"{value:,}" if isinstance(value, int) else value for value in layer.values()] for layer in estimate.layers]
+                tables += [f"{name}, {estimate.label}, {estimate.word}:", grid(list(estimate.layers[0]), cells), ""]
     used = any(row[-1] for row in rows)
     header = ["board", "as", "", "low ms", "likely ms", "high ms", *(["resources"] if used else [])]
     shown = [grid(header, [row if used else row[:-1] for row in rows]), ""] if rows else []
-    return "\n".join([*shown, *said])
+    return "\n".join([*tables, *shown, *said])

@@ -157,9 +157,17 @@ def pooled(parts: Sequence[Measurement]) -> Measurement:
     if not parts or any(one.energy_j is not None for one in parts):
         raise IsthmusError(f"{len(parts)} measurements to pool, expected at least one, without energy")
     reasons = tuple(dict.fromkeys(reason for one in parts for reason in one.reasons))
-    sums = (sum(getattr(one, name) for one in parts) for name in ("warmup_count", "inference_count", "elapsed_ns"))
-    samples = np.concatenate([one.samples_ns for one in parts])
-    return Measurement(parts[0].scenario, samples, *sums, parts[0].conditions, None, all(one.valid for one in parts), reasons)
+    return Measurement(
+        parts[0].scenario,
+        np.concatenate([one.samples_ns for one in parts]),
+        sum(one.warmup_count for one in parts),
+        sum(one.inference_count for one in parts),
+        sum(one.elapsed_ns for one in parts),
+        parts[0].conditions,
+        None,
+        all(one.valid for one in parts),
+        reasons,
+    )
 
 
 _JSON_TYPES: dict[str, tuple[type, ...]] = {

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ import numpy as np
 import onnx
 
 import isthmus
-from isthmus.artifact import Job, accuracy_of, build, check_artifact, golden_side, make_golden, save_golden
+from isthmus.artifact import Job, accuracy_of, build, check_artifact, golden_side, make_golden, real_samples, save_golden
 from isthmus.auto_recipe import MAX_DROP, base_recipe, climb, is_auto
 from isthmus.bench_bundle import bench_bundle, why_not_measured
-from isthmus.bundle import Bundle, BundleWriter
+from isthmus.bundle import NEEDS_BOARD, Bundle, BundleWriter
 from isthmus.compare import FLOAT_TOLERANCE, Comparison, compare_outputs, top1_accuracy
 from isthmus.dataset import Dataset, Preprocess, from_arrays, load_data
 from isthmus.errors import IsthmusError, Problem, ProblemsError, VerificationError
@@ -30,8 +30,9 @@ from isthmus.profile import load_profile
 from isthmus.recipe import Recipe, load_recipe
 from isthmus.registry import load_target
 from isthmus.report_bundle import add_report
-from isthmus.source import Say, Source, load_source
+from isthmus.source import Say, Source, load_source, made_by_factory
 from isthmus.split_bundle import Halves, build_split, compare_parts
+from isthmus.target import check_options
 from isthmus.tools import find_tool, tool_names
 from isthmus.tree_bundle import compile_trees, is_tree_model
 from isthmus.tuning import TUNED_TARGET, Tuning
@@ -77,6 +78,7 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
     if threads < 1:
         raise IsthmusError(f"--threads {threads}: target cpu is tuned for at least 1")
     preprocess = Preprocess.parse(preprocess) if isinstance(preprocess, str) else preprocess
+    model = made_by_factory(model)
     if is_tree_model(model):
         if split:
             raise IsthmusError("--split cuts a network at a tensor; a tree model has none")
@@ -97,6 +99,7 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
         else:
             graph, notes = _quantised(source, calibration, recipe, tell)
         graph.verify()
+        judge = _judge(source, graph) if evaluation is not None and evaluation is source.evaluation and source.score is not None else None
         halves = Halves.of(graph, split) if split else None
         _check(_problems(graph, jobs) if halves is None else halves.problems(jobs))
 
@@ -112,7 +115,7 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
         for name, entry in entries.items():
             if entry["runs_here"]:
                 tell(f"{name}: verifying against the reference", None)
-                check_artifact(writer.folder / "artifacts" / name, name, entry, graph.outputs, golden)
+                check_artifact(writer.folder / "artifacts" / name, name, entry, graph.outputs, golden, judge)
         if tune and halves is None:
             entries |= _tuned(source, graph, golden, calibration, evaluation, max_drop, jobs, entries, writer.folder / "artifacts", threads, tell)
         manifest = {
@@ -132,7 +135,7 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
             "data": {"calibration": calibration.source if calibration else None, "evaluation": evaluation.source if evaluation else None},
             "notes": [*source.notes, *divided, *notes],
             "tools": {tool.name: tool.version for tool in map(find_tool, tool_names()) if tool.found},
-            "task": _task(source.float_model, graph, evaluation, golden),
+            "task": _task(source.float_model, graph, evaluation, golden) if judge is None else _scored(source, graph, judge, golden),
             "artifacts": entries,
         }
         bundle = writer.seal(manifest)
@@ -145,16 +148,16 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
 def verify(bundle: Bundle, profiles: Sequence[str] = (), trust: bool = False) -> dict[str, list[Comparison]]:
     """Runs the golden inputs through each artifact that can run here and compares anew; profile -> one comparison an output.
 
-    An artifact that needs its board gives an empty list; one of two parts ("--split") is followed by each part alone. Also checks that the form
-    is still the form and that the golden outputs are the reference's. Raises `VerificationError` where those two disagree, `IsthmusError` on an
-    unknown profile.
+    An artifact that needs its board gives an empty list, and where this is the board its engine is compared; one of two parts ("--split") is followed
+    by each part alone. Also checks that the form is still the form and that the golden outputs are the reference's. Raises `VerificationError` where
+    those two disagree, `IsthmusError` on an unknown profile.
     """
     _check_golden(bundle, "")
     results: dict[str, list[Comparison]] = {}
     for profile in profiles or bundle.profiles:
         entry = bundle.artifact(profile)
         if not entry["runs_here"]:
-            results[profile] = []
+            results[profile] = _verify_built(bundle, profile, profile in profiles, trust)
             continue
         if "reference" in entry:
             _check_golden(bundle, profile)
@@ -165,6 +168,20 @@ def verify(bundle: Bundle, profiles: Sequence[str] = (), trust: bool = False) ->
         results[profile] = compare_outputs(bundle.output_specs(profile), expected, actual, allowed, entry["float_tolerance"])
         results |= compare_parts(bundle.folder(profile), profile, entry)
     return results
+
+
+def _verify_built(bundle: Bundle, profile: str, named: bool, trust: bool) -> list[Comparison]:
+    """Through the engine that this board built, where it did. FP16 passes on the labels too (`isthmus.runtimes.tensorrt.choice`)."""
+    why_not = bundle.why_not_here(profile, trust)
+    if bundle.artifact(profile)["engine"] != "tensorrt" or why_not == NEEDS_BOARD or (why_not and not named):
+        return []
+    if why_not:
+        raise IsthmusError(f"{profile}: {why_not}")
+    from isthmus.runtimes.tensorrt.choice import verify_engine
+
+    with bundle.open_session(profile, trust=trust) as session:
+        verdict = verify_engine(bundle, profile, session, bundle.golden(profile))
+    return [replace(comparison, passed=verdict.holds) for comparison in verdict.comparisons]
 
 
 def _check_golden(bundle: Bundle, profile: str) -> None:
@@ -189,10 +206,7 @@ def _jobs(targets: Sequence[str], options: Mapping[str, Any]) -> list[Job]:
         raise IsthmusError("no target: name at least one profile (--target cpu; 'isthmus targets' lists all)")
     profiles = [load_profile(name) for name in dict.fromkeys(targets)]
     loaded = [load_target(profile.target) for profile in profiles]
-    for name in options:
-        if not any(name in target.options for target in loaded):
-            known = sorted({option for target in loaded for option in target.options})
-            raise IsthmusError(f"option {name!r} is known to none of the targets: there are {', '.join(known) or 'none'}")
+    check_options(loaded, options)
     jobs = []
     for profile, target in zip(profiles, loaded, strict=True):
         own = {name: value for name, value in options.items() if name in target.options}
@@ -245,6 +259,8 @@ def _quantised_automatically(
 ) -> tuple[QuantGraph, list[str]]:
     if source.float_model is None:
         raise IsthmusError(f"{source.name} is int8 already: --recipe auto chooses how to quantise a float model")
+    if source.score is not None and evaluation is source.selection:
+        raise IsthmusError(f"{source.name}: --recipe auto judges decisions, this network is judged by {source.score.metric}; name a recipe")
     if calibration is None or evaluation is None:
         raise IsthmusError(f"{source.name}: --recipe auto needs samples, best with labels: --data FILE.npz, FILE.npy or a folder of images")
     train = source.train
@@ -303,3 +319,21 @@ def _task(float_model: onnx.ModelProto | None, graph: QuantGraph, evaluation: Da
         real = {name: array[: int(known.sum())] for name, array in evaluation.samples.items()}
         result["float"] = top1_accuracy(next(iter(run_float(float_model, real).values())), labels[known])
     return result
+
+
+def _judge(source: Source, graph: QuantGraph) -> Callable[[Mapping[str, np.ndarray]], float]:
+    """Raw outputs for the golden inputs, by name, to what those of the real samples are worth."""
+    score, rows = source.score, real_samples(graph, source.evaluation)
+    assert score is not None
+    return lambda outputs: score.of([spec.dequantise(outputs[spec.name][:rows]) for spec in graph.outputs])
+
+
+def _scored(source: Source, graph: QuantGraph, judge: Callable[[Mapping[str, np.ndarray]], float], golden: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The score of the float model and of the reference on the real golden samples."""
+    assert source.score is not None and source.evaluation is not None
+    rows = real_samples(graph, source.evaluation)
+    exact = None
+    if source.float_model is not None:
+        outputs = run_float(source.float_model, source.evaluation.take(rows).samples)
+        exact = source.score.of([outputs[spec.name] for spec in graph.outputs])
+    return {"metric": source.score.metric, "samples": rows, "float": exact, "reference": judge(golden_side(golden, "output"))}

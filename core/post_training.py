@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from isthmus.recipe import Recipe
 from isthmus.source import Say
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from isthmus.quantize.sensitivity import Sensitivity
 
 # What calibration depends on; with these equal, two recipes share their ranges.
@@ -36,8 +38,11 @@ class PostTraining:
         self._equalised: tuple[onnx.ModelProto, str] | None = None
         self._ranges: dict[tuple[object, ...], object] = {}
 
-    def graph(self, recipe: Recipe) -> tuple[QuantGraph, list[str]]:
-        """The verified form and sentences worth keeping. Raises `IsthmusError` where recipe, model and data do not go together."""
+    def graph(self, recipe: Recipe, fit: Callable[[nn.Module], object] | None = None) -> tuple[QuantGraph, list[str]]:
+        """The verified form and sentences worth keeping. Raises `IsthmusError` where recipe, model and data do not go together.
+
+        `fit` trains the calibrated form as a torch module in place, with its rounding (`isthmus.quantize.form_training`).
+        """
         from isthmus.export.to_graph import graph_from_ranges
         from isthmus.quantize.bias_correction import bias_corrections
         from isthmus.quantize.ranges import Calibration
@@ -64,6 +69,14 @@ class PostTraining:
             corrections = bias_corrections(model, graph, self.calibration.samples, recipe)
             graph = graph_from_ranges(model, ranges, recipe, corrections, weights)
             notes.append(f"bias correction: {len(corrections)} layers")
+        if fit is not None:
+            from isthmus.quantize.form_training import FormModule
+
+            module = FormModule(graph_from_ranges(model, ranges, recipe), model, recipe)
+            fit(module)
+            trained = module.trained()
+            graph = graph_from_ranges(model, ranges, recipe, trained.corrections, trained.weights)
+            notes.append(f"trained in the form, with its rounding: {len(trained.weights)} layers")
         return graph, notes
 
     def _weights(self, model: onnx.ModelProto, graph: QuantGraph, recipe: Recipe) -> dict[str, np.ndarray]:

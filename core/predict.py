@@ -82,7 +82,8 @@ def work_of(kernels: Mapping[Kernel, int], rates: Rates, precision: str) -> Work
 
 @dataclass(frozen=True)
 class Row:
-    """A published or own latency. `fps`, a range, in place of `seconds`; `boards` where the source does not say which: a check, not fitted."""
+    """A published or own latency. `fps`, a range, in place of `seconds`. A check, not fitted, where `boards` are those that it may have been, or where
+    `comparable` is False: the engine is not what TensorRT makes of the network's graph."""
 
     network: str
     boards: tuple[str, ...]
@@ -92,10 +93,11 @@ class Row:
     seconds: float | None = None
     fps: tuple[float, float] | None = None
     mode: str = ""
+    comparable: bool = True
 
     @property
     def fitted(self) -> bool:
-        return len(self.boards) == 1
+        return len(self.boards) == 1 and self.comparable
 
     def error(self, predicted_s: float) -> float:
         """log(predicted / measured); 0 inside a range."""
@@ -175,7 +177,7 @@ def _row(entry: Mapping[str, Any]) -> Row:
     boards = tuple(entry["boards"]) if "boards" in entry else (entry["board"],)
     seconds = entry["ms"] / 1e3 if "ms" in entry else None
     fps = (entry["fps"][0], entry["fps"][1]) if "fps" in entry else None
-    return Row(entry["network"], boards, entry["precision"], entry["runtime"], entry["source"], seconds, fps, entry.get("mode", ""))
+    return Row(entry["network"], boards, entry["precision"], entry["runtime"], entry["source"], seconds, fps, entry.get("mode", ""), entry.get("fit", True))
 
 
 def rows_of_csv(path: Path) -> tuple[list[Row], dict[str, dict[Kernel, int]]]:

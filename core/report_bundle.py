@@ -15,6 +15,7 @@ from isthmus.lint_bundle import lint_bundle
 from isthmus.measurement import Measurement
 from isthmus.plan import tail
 from isthmus.report import layers_of, render
+from isthmus.report.sections import judged
 from isthmus.tree_cost import cost_of_trees
 from isthmus.tree_form import TreeForm
 
@@ -50,6 +51,7 @@ def summary(bundle: Bundle) -> dict[str, Any]:
             "exact_share": _exact_share(entry),
             "max_lsb": _max_lsb(entry),
             "accuracy": entry["accuracy"],
+            "score": entry.get("score"),
             "verification": entry["verification"],
             "latency": measurement.figures() | {"valid": measurement.valid, "reasons": list(measurement.reasons)} if measurement else None,
             "needs_board": bool(why_not_measured(entry)),
@@ -71,7 +73,8 @@ def table(bundle: Bundle) -> str:
     """One line an artifact, the accuracy of the float model and the reference above, what the columns mean below."""
     measurements = read_measurements(bundle)
     rows = [_row(name, entry, measurements.get(name)) for name, entry in bundle.manifest["artifacts"].items()]
-    header = ["profile", "artifact", "bytes", "exact", "largest diff", "accuracy", "p50 / p99 on this machine"]
+    score = "score" if any("score" in entry for entry in bundle.manifest["artifacts"].values()) else "accuracy"
+    header = ["profile", "artifact", "bytes", "exact", "largest diff", score, "p50 / p99 on this machine"]
     lines = [*_accuracy_lines(bundle.manifest), grid(header, rows), ""]
     for name, entry in bundle.manifest["artifacts"].items():
         done = [step["detail"] for step in entry["steps"] if step["status"] == "done" and step["tool"] != "g++" and step["detail"]]
@@ -107,7 +110,8 @@ def _accuracy_lines(manifest: Mapping[str, Any]) -> list[str]:
 
 def _row(name: str, entry: Mapping[str, Any], measurement: Measurement | None) -> list[str]:
     exact, lsb = _exact_share(entry), _max_lsb(entry)
-    accuracy = f"{entry['accuracy']:.4f}" if entry["accuracy"] is not None else ("" if entry["runs_here"] else NEEDS_BOARD)
+    value = judged(entry)
+    accuracy = f"{value:.4f}" if value is not None else ("" if entry["runs_here"] else NEEDS_BOARD)
     return [
         name,
         entry["artifact"],

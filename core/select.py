@@ -109,11 +109,19 @@ def select(
     if limits:
         small = [candidate for candidate in chosen if all(candidate.costs[cost] <= limit for cost, limit in limits.items())]
         if not small:
-            least = ", ".join(f"{cost} {min(candidate.costs[cost] for candidate in chosen):g}" for cost in limits)
-            asked = ", ".join(f"{cost} <= {limit:g}" for cost, limit in limits.items())
-            raise IsthmusError(f"no candidate fits the budget ({asked}): the smallest that passed the fronts have {least}; raise it, or add smaller candidates")
+            raise IsthmusError(_nothing_fits(candidates, chosen, limits))
         within = rank(small, metrics, costs, weighted, tolerance)
     return Selection(performance, tuple(metrics), tuple(costs), kinds, f, limits, within)
+
+
+def _nothing_fits(candidates: Sequence[Candidate], chosen: Sequence[Candidate], limits: Mapping[str, float]) -> str:
+    asked = ", ".join(f"{cost} <= {limit:g}" for cost, limit in limits.items())
+    least = ", ".join(f"{cost} {min(candidate.costs[cost] for candidate in chosen):g}" for cost in limits)
+    fitting = [candidate.name for candidate in candidates if all(candidate.costs[cost] <= limit for cost, limit in limits.items())]
+    advice = "raise it, or add smaller candidates"
+    if fitting:
+        advice = f"{', '.join(fitting[:3])}{' and others' if len(fitting) > 3 else ''} would fit and did not pass: raise it, or choose fewer --costs"
+    return f"no candidate fits the budget ({asked}): the smallest that passed the fronts have {least}; {advice}"
 
 
 # ---- stage 1

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +32,20 @@ class Option:
     help: str
 
 
+def check_options(targets: Sequence[Target], options: Mapping[str, Any]) -> None:
+    """Raises `IsthmusError` for an option that none of the targets has."""
+    for name in options:
+        if not any(name in target.options for target in targets):
+            known = sorted({option for target in targets for option in target.options})
+            raise IsthmusError(f"option {name!r} is known to none of the targets: there are {', '.join(known) or 'none'}")
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What one way of running a graph on a board would take, without the board. `latency_s` is (low, likely, high), None where only resources are known.
 
     `resources` counts what is used by name; `basis` says in a sentence what the figures come from; `word` is "predicted" or "estimated",
-    and stands beside them wherever they are shown.
+    and stands beside them wherever they are shown. `layers`: what each layer of the design takes, where the target knows.
     """
 
     label: str
@@ -45,6 +53,7 @@ class Estimate:
     resources: Mapping[str, float]
     basis: str
     word: str = "estimated"
+    layers: tuple[Mapping[str, str | int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,14 @@ _PYTHON = {
 _PROGRAMS = {
     "g++": _ProgramTool("g++", ("--version",), "apt install g++", "compiles the C simulation"),
     "vitis_hls": _ProgramTool("vitis_hls", ("-version",), "install AMD Vitis and source its settings64.sh", "C synthesis and bitstream"),
+    "vitis-run": _ProgramTool("vitis-run", ("--version",), "install AMD Vitis 2024.2 or newer and source its settings64.sh", "C synthesis, as vitis_hls"),
+    "vivado": _ProgramTool("vivado", ("-version",), "install AMD Vivado and source its settings64.sh", "implementation and bitstream"),
+    "vivado_hls": _ProgramTool("vivado_hls", ("-version",), "install Vivado 2020.1 or older and source its settings64.sh", "C synthesis of backend Vivado"),
+    "catapult": _ProgramTool("catapult", ("-version",), "install Catapult and put its bin folder on PATH", "C synthesis of backend Catapult"),
+    "icpx": _ProgramTool(
+        "icpx", ("--version",), "install oneAPI with its FPGA support (2025.0 or older) and source setvars.sh", "C synthesis for Intel's parts"
+    ),
+    "shls": _ProgramTool("shls", ("-v",), "install Libero SoC with SmartHLS and put its bin folder on PATH", "C synthesis for Microchip's parts"),
 }
 
 
@@ -87,7 +95,7 @@ def _find_module(name: str, tool: _PythonTool) -> Tool:
 
 
 def _find_program(name: str, tool: _ProgramTool) -> Tool:
-    variable = f"ISTHMUS_{name.upper().replace('+', 'P')}"
+    variable = f"ISTHMUS_{name.upper().replace('+', 'P').replace('-', '_')}"
     path = os.environ.get(variable) or shutil.which(tool.program)
     if not path:
         return Tool(name, False, "", "", f"{tool.fix}, or point {variable} at it", tool.purpose)

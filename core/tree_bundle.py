@@ -23,7 +23,7 @@ from isthmus.plan import execute
 from isthmus.profile import load_profile
 from isthmus.registry import load_target
 from isthmus.report_bundle import add_report
-from isthmus.source import Say
+from isthmus.source import Made, Say
 from isthmus.tools import find_tool, tool_names
 from isthmus.tree_form import INPUT, OUTPUT, TreeForm, quantise
 from isthmus.tree_onnx import ML_DOMAIN, form_from_model, is_tree_form
@@ -38,6 +38,8 @@ NEAR_THRESHOLDS = 64  # golden samples on, just above and just below thresholds
 
 def is_tree_model(model: Any) -> bool:
     """Whether `compile` takes `model` for trees: an ensemble, an estimator, a file by its ending or by what it holds. Refuses pickles."""
+    if isinstance(model, Made):
+        return is_tree_model(model.model)
     if isinstance(model, str | Path):
         path = Path(model)
         if path.suffix in PICKLES:
@@ -60,7 +62,8 @@ def compile_trees(
     """What `pipeline.compile` does for a tree model. Raises what that raises."""
     jobs = _jobs(targets, options)
     with BundleWriter(output, force) as writer:
-        name = Path(model).stem if isinstance(model, str | Path) else type(model).__name__
+        made, model = model, model.model if isinstance(model, Made) else model
+        name = made.name if isinstance(made, Made) else Path(model).stem if isinstance(model, str | Path) else type(model).__name__
         say("reading the trees", None)
         ensemble, form, dataset, notes = _quantised(model, data)
         problems = [problem for job in jobs for problem in job.target.check(form, job.profile)]  # type: ignore[arg-type]  # target trees takes a TreeForm

@@ -24,12 +24,13 @@ from isthmus.user_line import user_line
 Inputs = torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray]
 
 
-def onnx_from_module(module: torch.nn.Module, example_inputs: Inputs, *, as_written: bool = False) -> onnx.ModelProto:
+def onnx_from_module(module: torch.nn.Module, example_inputs: Inputs, *, as_written: bool = False, outputs: Sequence[str] = ()) -> onnx.ModelProto:
     """The module in evaluation mode as ONNX, with the shapes of the example (its batch too). The module is left as it was.
 
     `example_inputs` is one tensor (or array), or one for each argument of forward(). Inputs and outputs are named "input" and "output",
-    or "input_0", "input_1", ... where there are several. `as_written` keeps the module's own layers, for counting: the exporter otherwise
-    folds batch normalisation and keeps one copy of equal weights. Raises `IsthmusError` saying which construct cannot be exported.
+    or "input_0", "input_1", ... where there are several; `outputs` gives these other names. `as_written` keeps the module's own layers, for
+    counting: the exporter otherwise folds batch normalisation and keeps one copy of equal weights.
+    Raises `IsthmusError` saying which construct cannot be exported.
     """
     examples = _examples(example_inputs)
     modes = {part: part.training for part in module.modules()}
@@ -43,7 +44,7 @@ def onnx_from_module(module: torch.nn.Module, example_inputs: Inputs, *, as_writ
                 fix = "forward() must be traceable (no branches on tensor values)"
                 place = user_line(error, [__file__, contextlib.__file__])
                 raise IsthmusError(f"{type(module).__name__} cannot be exported: {_reason(error)}{place}; {fix}") from error
-            return _onnx(program, type(module).__name__, as_written)
+            return _onnx(program, type(module).__name__, as_written, outputs)
     finally:
         for part, mode in modes.items():
             part.training = mode
@@ -62,9 +63,11 @@ def _examples(given: Inputs) -> tuple[torch.Tensor, ...]:
     return tuple(part if isinstance(part, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
 
 
-def _onnx(program: torch.export.ExportedProgram, subject: str, as_written: bool = False) -> onnx.ModelProto:
+def _onnx(program: torch.export.ExportedProgram, subject: str, as_written: bool = False, names: Sequence[str] = ()) -> onnx.ModelProto:
     inputs = _names("input", len(program.graph_signature.user_inputs))
-    outputs = _names("output", len(program.graph_signature.user_outputs))
+    outputs = list(names) or _names("output", len(program.graph_signature.user_outputs))
+    if len(outputs) != len(program.graph_signature.user_outputs):
+        raise IsthmusError(f"{subject} has {len(program.graph_signature.user_outputs)} outputs, named are {', '.join(outputs)}; name each of them")
     try:
         exported = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs, verbose=False, optimize=not as_written

@@ -13,12 +13,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
+from isthmus.train.data import Split
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -34,22 +36,36 @@ class Owner:
     settings: str
 
     @classmethod
-    def of(cls, model: str, module: nn.Module, data: str, settings: str) -> Owner:
+    def of(cls, model: str, module: nn.Module, split: Split, settings: str) -> Owner:
         layers = [str(module), *(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in module.state_dict().items())]
+        targets = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in (split.y_train, split.y_val))).hexdigest()
+        data = f"{split.name}, {list(split.x_train.shape)}, {targets}"
         return cls(model, hashlib.sha256("\n".join(layers).encode()).hexdigest(), data, settings)
 
 
 @dataclass
 class TrainState:
-    """Everything a training needs to go on: state dicts, `epochs` as plain numbers, torch's generator."""
+    """Everything a training needs to go on: state dicts, `epochs` as plain numbers, torch's generators (a row a process)."""
 
     module: Mapping[str, Tensor]
     best: Mapping[str, Tensor]
     optimiser: Mapping[str, Any]
     schedule: Mapping[str, Any]
-    generator: Tensor
+    generators: Tensor
     epochs: list[list[float]]
     step: int
+
+
+def read_checkpoint(file: Path) -> tuple[Owner, TrainState]:
+    """Whose the file is, and what it keeps; nothing in it is run. Raises `IsthmusError` where it is no whole checkpoint."""
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise IsthmusError(f"{file}: cannot be read as a checkpoint ({reason}); delete it to train anew") from None
+    if not isinstance(stored, dict) or stored.get("schema") != SCHEMA or set(stored) != {"schema", "owner", *(f.name for f in fields(TrainState))}:
+        raise IsthmusError(f"{file}: is no checkpoint of schema {SCHEMA}; delete it to train anew, or give another file")
+    return Owner(**stored["owner"]), TrainState(**{field.name: stored[field.name] for field in fields(TrainState)})
 
 
 class Checkpoint:
@@ -63,15 +79,9 @@ class Checkpoint:
         """The kept state, None where there is no file. Raises `IsthmusError` on a file that cannot be read or that another training owns."""
         if not self.file.exists():
             return None
-        try:
-            stored = torch.load(self.file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise IsthmusError(f"{self.file}: cannot be read as a checkpoint ({reason}); delete it to train anew") from None
-        if not isinstance(stored, dict) or stored.get("schema") != SCHEMA or set(stored) != {"schema", "owner", *(f.name for f in fields(TrainState))}:
-            raise IsthmusError(f"{self.file}: is no checkpoint of schema {SCHEMA}; delete it to train anew, or give another file")
-        self._same(stored["owner"], owner)
-        return TrainState(**{field.name: stored[field.name] for field in fields(TrainState)})
+        found, state = read_checkpoint(self.file)
+        self._same(found, owner)
+        return state
 
     def save(self, owner: Owner, state: TrainState) -> None:
         """Raises `IsthmusError` where it cannot be written; the file is then still the one before."""
@@ -95,8 +105,7 @@ class Checkpoint:
                 f" {kept}; make room or give another folder, then train again to go on"
             ) from None
 
-    def _same(self, stored: Mapping[str, str], owner: Owner) -> None:
-        found = Owner(**stored)
+    def _same(self, found: Owner, owner: Owner) -> None:
         advice = "give another file, or delete it to train anew"
         if found.model != owner.model:
             raise IsthmusError(f"{self.file}: is a checkpoint of {found.model}, not of {owner.model}; {advice}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from isthmus.commands.options import BundlePath, Json, print_json, shapes, shown
+from isthmus.commands.options import BundlePath, Json, pair, print_json, shapes, shown
 from isthmus.console import Console
 from isthmus.errors import IsthmusError
 
@@ -20,6 +20,7 @@ def cost(
     shape: Annotated[list[str] | None, typer.Option("--shape", help="NAME=1,3,224,224 for an input with dynamic dimensions.")] = None,
     on: Annotated[list[str] | None, typer.Option("--on", help="Predict latency on this profile's board; repeat for several.")] = None,
     rows: Annotated[list[Path] | None, typer.Option("--rows", help="Your own measurements, fitted too: a .csv or a bundle measured on its board.")] = None,
+    set_option: Annotated[list[str] | None, typer.Option("--set", help="With --on: a target option, NAME=VALUE.")] = None,
     as_json: Json = False,
 ) -> None:
     """Parameters, MACs, FLOPs, weight bytes and peak activation bytes, from the graph alone; with --on a board's latency, predicted."""
@@ -29,16 +30,18 @@ def cost(
     checked_convention(convention)
     if rows and not on:
         raise IsthmusError("--rows are what a prediction is fitted to: name a board with --on")
+    if set_option and not on:
+        raise IsthmusError("--set is an option of a board's target: name a board with --on")
     loaded = form_or_onnx(model, shapes(shape or []))
     result = cost_of_loaded(loaded)
-    estimates = estimates_on(model, loaded, on or [], rows or [])
+    estimates = estimates_on(model, loaded, on or [], rows or [], dict(pair(word, "--set") for word in set_option or []))
     if as_json:
         counted = {"convention": convention, "count": result.count(convention)} | result.to_json()
         print_json(counted | ({"on": estimates_json(estimates)} if on else {}))
         return
     print(cost_table(result, convention, layers))
     if on:
-        print(f"\n{estimates_table(estimates)}")
+        print(f"\n{estimates_table(estimates, layers)}")
 
 
 def lint(

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.commands.options import Json, pair, print_json, shown
+from isthmus.commands.options import Json, Trust, pair, print_json, shown
 from isthmus.errors import IsthmusError
 
 if TYPE_CHECKING:
@@ -22,36 +22,46 @@ COMPLEXITY = ("table", "parallel", "serial")
 def select(
     sources: Annotated[list[str], typer.Argument(metavar="TABLE|BUNDLE...", help="A .csv or .json table, or bundles to choose between.")],
     budget: Annotated[list[str] | None, typer.Option("--budget", help="The largest cost allowed, such as size_mb=34; repeat for several.")] = None,
+    ensembles: Annotated[
+        int, typer.Option("--ensembles", metavar="N", help="Of bundles: ensembles of up to N of them are candidates, the mean of their probabilities.")
+    ] = 1,
     include_singles: Annotated[bool, typer.Option("--include-singles", help="Single models are candidates too, beside ensembles.")] = False,
     complexity: Annotated[str, typer.Option("--complexity", help="An ensemble's costs: table (as given), parallel or serial (from its members).")] = "table",
     performance: Annotated[str | None, typer.Option("--performance", help="The metric of the Pareto fronts (default: wS, else the first).")] = None,
     metrics: Annotated[str | None, typer.Option("--metrics", help="Metrics of the radar, such as wS,wP,BA,AUC.")] = None,
     costs: Annotated[str | None, typer.Option("--costs", help="Costs of fronts and radar, such as size_mb,flops_m,time_s.")] = None,
-    unweighted: Annotated[bool, typer.Option("--unweighted", help="Costs count by their share of the largest, whatever their unit.")] = False,
+    weighted: Annotated[
+        bool | None,
+        typer.Option("--weighted/--unweighted", help="Divide costs by their means, or not, whatever their unit (default: of a table yes, of bundles no)."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a page with the drawings here (.html).")] = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Pareto fronts of performance against each cost, then the largest weighted radar area, within a budget where one is given."""
-    from isthmus.candidates import candidates_of, read_table, table_of_bundles
+    from isthmus.candidates import candidates_of
     from isthmus.select import recomputed
-    from isthmus.select import select as choose
 
     if complexity not in COMPLEXITY:
         raise IsthmusError(f"--complexity {complexity!r}: expected {', '.join(COMPLEXITY)}")
     limits = _limits(budget or [])
-    named_costs = _words(costs)
-    tables = [source for source in sources if Path(source).suffix in (".csv", ".json")]
-    if tables and len(sources) > 1:
-        raise IsthmusError(f"{tables[0]}: give one table, or bundles, not both")
-    table = read_table(tables[0], (*named_costs, *limits)) if tables else table_of_bundles(sources)
+    named_metrics, named_costs = _words(metrics, "--metrics"), _words(costs, "--costs")
+    tables = [source for source in sources if Path(source).suffix.lower() in (".csv", ".json")]
+    table = _table(sources, tables, ensembles, (*named_costs, *limits), trust)
     results = {}
     for dataset, rows in table.datasets.items():
         candidates = candidates_of(rows, include_singles)
         if complexity != "table":
             candidates = recomputed(candidates, {row.name: row for row in rows if row.is_single}, complexity == "serial")
-        radar, chosen_costs = _columns(table, candidates, _words(metrics), named_costs)
-        lead = performance or (radar[0] if radar else "")
-        results[dataset] = candidates, choose(candidates, performance=lead, metrics=radar, costs=chosen_costs, budget=limits, weighted=not unweighted)
+        radar, chosen_costs = _columns(table, candidates, named_metrics, named_costs)
+        settings = {
+            "performance": performance or (radar[0] if radar else ""),
+            "metrics": radar,
+            "costs": chosen_costs,
+            "budget": limits,
+            "weighted": bool(tables) if weighted is None else weighted,
+        }
+        results[dataset] = candidates, _chosen(dataset, candidates, settings)
     if output is not None:
         from isthmus.report.selection import render_selection
 
@@ -64,10 +74,38 @@ def select(
         print(f"\npage: {shown(output)}")
 
 
+def _table(sources: Sequence[str], tables: Sequence[str], ensembles: int, costs: Sequence[str], trust: bool) -> Table:
+    """What there is to choose from. `tables`: those of the sources that are files."""
+    from isthmus.bundle_candidates import table_of_bundles
+    from isthmus.candidates import read_table
+
+    if tables and len(sources) > 1:
+        raise IsthmusError(f"{tables[0]}: give one table, or bundles, not both")
+    if tables:
+        if ensembles != 1:
+            raise IsthmusError(f"--ensembles makes ensembles of bundles; {tables[0]} names its own in the column 'members'")
+        return read_table(tables[0], costs)
+    if not 1 <= ensembles <= len(sources):
+        raise IsthmusError(f"--ensembles {ensembles}: expected 2 to {len(sources)}, as many as there are bundles (1: none)")
+    return table_of_bundles(sources, ensembles, trust)
+
+
+def _chosen(dataset: str, candidates: Sequence[Candidate], settings: Mapping[str, Any]) -> Selection:
+    """The selection of one data set, which a refusal names where the table has several."""
+    from isthmus.select import select as choose
+
+    try:
+        return choose(candidates, **settings)
+    except IsthmusError as error:
+        raise IsthmusError(f"{dataset}: {error}" if dataset else str(error)) from None
+
+
 def _limits(words: Sequence[str]) -> dict[str, float]:
-    limits = {}
+    limits: dict[str, float] = {}
     for word in words:
         name, value = pair(word, "--budget")
+        if name in limits:
+            raise IsthmusError(f"--budget {word!r}: {name} has a limit already ({limits[name]:g}); give each cost one")
         try:
             limits[name] = float(value)
         except ValueError:
@@ -77,8 +115,12 @@ def _limits(words: Sequence[str]) -> dict[str, float]:
     return limits
 
 
-def _words(text: str | None) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip()) if text else ()
+def _words(text: str | None, option: str) -> tuple[str, ...]:
+    words = tuple(word.strip() for word in text.split(",") if word.strip()) if text else ()
+    twice = [word for word in words if words.count(word) > 1]
+    if twice:
+        raise IsthmusError(f"{option} {text!r}: {twice[0]} stands there twice; name each once")
+    return words
 
 
 def _columns(table: Table, candidates: Sequence[Candidate], metrics: tuple[str, ...], costs: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

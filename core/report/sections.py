@@ -71,7 +71,7 @@ def summary(manifest: Manifest, cost: Cost, measurements: Measurements) -> Html:
     ]
     if task.get("reference") is not None:
         remark = f"{plain(task['metric'])}; float {figures.accuracy(task.get('float'))}"
-        pairs.append((figures.accuracy(task["reference"]), "int8 accuracy", remark))
+        pairs.append((figures.accuracy(task["reference"]), "int8 accuracy" if _is_share(task) else f"int8 {plain(task['metric'])}", remark))
     fastest = min((m for m in measurements.items() if m[1].valid), key=lambda item: item[1].p50_ns, default=None)
     if fastest is not None:
         profile, m = fastest
@@ -105,7 +105,7 @@ def artifacts(manifest: Manifest, measurements: Measurements, unmeasured: Mappin
                 stacked(code(entry["artifact"]), f"{entry['target']} · engine {entry['engine']}"),
                 figures.size(entry["size_bytes"]),
                 *_agreement(entry),
-                figures.accuracy(entry.get("accuracy")),
+                figures.accuracy(judged(entry)),
                 *_latency(profile, entry, measurements, unmeasured),
             ]
         )
@@ -188,31 +188,40 @@ def accuracy(manifest: Manifest) -> Html | None:
     rows: list[Sequence[Child]] = []
     if base is not None:
         rows.append(["Float model", "float32", figures.accuracy(base), figures.DASH])
-    rows.append(["Integer reference", "int8 form, numpy", figures.accuracy(task.get("reference")), _change(task.get("reference"), base)])
+    rows.append(["Integer reference", "int8 form, numpy", figures.accuracy(task.get("reference")), _change(task.get("reference"), base, _is_share(task))])
     for profile, entry in manifest["artifacts"].items():
-        measured = entry.get("accuracy")
+        measured = judged(entry)
         rows.append(
             [
                 profile,
                 entry["engine"],
                 badge(NEEDS_THE_BOARD) if measured is None and not entry["runs_here"] else figures.accuracy(measured),
-                _change(measured, base),
+                _change(measured, base, _is_share(task)),
             ]
         )
     columns = [Column("What ran"), Column("In"), Column(plain(task.get("metric", "accuracy")), numeric=True), Column("Against float", numeric=True)]
-    samples = task.get("samples")
-    caption = (
-        f"{plain(task.get('metric', 'accuracy')).capitalize()} on {samples} held-out samples; one sample is {100 / samples:.2f} points."
-        if samples
-        else "Accuracy."
-    )
+    samples, metric = task.get("samples"), plain(task.get("metric", "accuracy"))
+    held_out = f"{metric[:1].upper()}{metric[1:]} on {samples} held-out samples"
+    caption = "Accuracy." if not samples else f"{held_out}; one sample is {100 / samples:.2f} points." if _is_share(task) else f"{held_out}; larger is better."
     return section("accuracy", "Float against int8", table(caption, columns, rows, name="accuracy-comparison"))
 
 
-def _change(value: float | None, base: float | None) -> str:
+def judged(entry: Manifest) -> float | None:
+    """An artifact's accuracy, or what else its outputs were judged by."""
+    accuracy = entry.get("accuracy")
+    return entry.get("score") if accuracy is None else accuracy
+
+
+def _is_share(task: Manifest) -> bool:
+    """Whether the metric counts samples, so that a difference is in points."""
+    return str(task.get("metric", "accuracy")).endswith("accuracy")
+
+
+def _change(value: float | None, base: float | None, share: bool) -> str:
     if value is None or base is None:
         return figures.DASH
-    return "equal" if value == base else f"{100 * (value - base):+.2f} points".replace("-", "−")
+    difference = f"{100 * (value - base):+.2f} points" if share else f"{value - base:+.4f}"
+    return "equal" if value == base else difference.replace("-", "−")
 
 
 # ---- latency

@@ -22,7 +22,7 @@ RUNS_NATIVE_CODE = True  # a bundle asks for trust before it opens one
 
 FUNCTION = "model_float"
 # Relative to the library's folder: names the weight files. The generated code ends the whole process where one is missing, so that is looked at first.
-PARAMETERS = Path("..") / "project" / "firmware" / "parameters.h"
+PARAMETERS = (Path("..") / "project" / "firmware" / "parameters.h", Path("..") / "project" / "src" / "firmware" / "parameters.h")  # the second: oneAPI
 TAIL_FILE = "host_tail.json"
 TAIL_SCHEMA = 1
 # int8 steps times 2^n: float32 holds them exactly, and so do the ap_fixed types of the bridge.
@@ -117,7 +117,8 @@ def _check_spec(spec: TensorSpec) -> None:
 
 def _check_weights(library: Path) -> None:
     """Every weight file that the generated parameters.h names is there."""
-    parameters = library.parent / PARAMETERS
+    places = [library.parent / place for place in PARAMETERS]
+    parameters = next((place for place in places if place.is_file()), places[0])
     if not parameters.is_file():
         raise IsthmusError(f"{parameters} is missing: it belongs to the C simulation; restore the bundle or compile again")
     for name in re.findall(r'"weights/(\w+)\.h"', parameters.read_text(encoding="utf-8")):

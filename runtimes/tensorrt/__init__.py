@@ -217,6 +217,11 @@ def open_session(folder: Path, entry: Mapping[str, Any], threads: int = 1, trust
     )
 
 
+def check_built(folder: Path, trust: bool = False) -> None:
+    """Raises `IsthmusError` with what keeps this machine from opening the engine that stands in an artifact's folder."""
+    checked_engine(Path(folder), chosen_engine(Path(folder)), trust)
+
+
 def open_engine_file(file: str | Path, module: str = "tensorrt") -> TensorRtSession:
     """Opens any engine file, whoever built it: reading one runs code of it, so only what you trust. Its border is what it says of itself."""
     path = Path(file)
@@ -245,4 +250,4 @@ def _shown(border: Sequence[Binding]) -> str:
     return ", ".join(f"{binding.name} {binding.dtype}{list(binding.shape)}" for binding in border)
 
 
-__all__ = ["TensorRtSession", "open_engine_file", "open_session"]
+__all__ = ["TensorRtSession", "check_built", "open_engine_file", "open_session"]

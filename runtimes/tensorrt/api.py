@@ -55,7 +55,8 @@ def open_log(trt: Any) -> Any:
             self.errors: list[str] = []
 
         def log(self, severity: Any, msg: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+            # That CUDA does not start, some versions say in a warning.
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) or "CUDA initialization failure" in msg:
                 self.errors.append(msg)
 
     return Log()
@@ -63,7 +64,10 @@ def open_log(trt: Any) -> Any:
 
 def open_engine(trt: Any, log: Any, content: bytes, name: str, dla: bool = False) -> tuple[Any, Any]:
     """(runtime, engine): the runtime must outlive the engine. Raises `IsthmusError` with what is wrong with file `name`."""
-    runtime = trt.Runtime(log)
+    try:
+        runtime = trt.Runtime(log)
+    except TypeError:  # pybind11's "factory function returned nullptr": CUDA does not start
+        runtime = None
     if runtime is None:
         raise IsthmusError(refusal(trt, log.errors, name))
     if dla:
@@ -137,7 +141,7 @@ def open_profiler(trt: Any, context: Any) -> Any:
 
 # What NVIDIA writes into its log, and what it means for whoever holds the file. The first that fits.
 _REFUSALS = (
-    (r"driver version is insufficient|CUDA initialization failure with error: 35", "the GPU's driver is too old for it, or there is none: update JetPack"),
+    (r"driver version is insufficient|CUDA initialization failure with error:? 35\b", "the GPU's driver is too old for it, or there is none: update JetPack"),
     (r"CUDA initialization failure|no CUDA-capable device", "CUDA finds no GPU: see that this user may use it (group video)"),
     (r"out of memory|OutOfMemory|cudaErrorMemoryAllocation", "the memory for it is not free: stop other programs"),
     (

@@ -26,7 +26,7 @@ RECORD_SCHEMA = 1
 MAX_RECORD_BYTES = 2**20
 BUILD = "python -m isthmus.runtimes build BUNDLE"
 # Of the script that this version's compiler puts beside the models: it is run without being trusted. A test compares the two.
-SCRIPT_SHA256 = "88040750d64247b781205be0f05a1d4555743a53cf2162dfb0c3ada97063824c"
+SCRIPT_SHA256 = "d03947d612c2999407cc6bff1aeb41fd4954a9b17e5be3a49f782d1081dd07f9"
 
 _ENGINE_FIELDS = {"name": str, "model": str, "output": str, "precision": str, "half": bool, "ranges": str, "dla": bool}
 _RECORD_FIELDS = {"sha256": str, "size_bytes": int, "model_sha256": str, "module": str, "tensorrt": str, "gpu": dict, "key": str}

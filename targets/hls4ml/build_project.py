@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m isthmus.targets.hls4ml.build_project`, in the artifact's folder: from the HLS project to a bitstream, by AMD's tools.
+"""`python -m isthmus.targets.hls4ml.build_project`, in the artifact's folder: from the HLS project to a bitstream, by the vendor's tools.
 
-    [--host user@machine] [--until synthesis|cosimulation|export|implementation] [--rebuild] [--timeout-s N]
+    [--host user@machine] [--until synthesis|cosimulation|export|implementation|bitstream] [--rebuild] [--timeout-s N]
 
 Each step leaves a checkpoint in build/ with what it was made from, its time and its report: a build that died goes on behind the last step
 that ended well, one whose project has changed begins anew. Logs are kept in build/. With `--host` the folder is copied there, the steps run
@@ -14,84 +14,34 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from isthmus.errors import IsthmusError
 from isthmus.plan import tail
 from isthmus.targets.hls4ml import simulation
+from isthmus.targets.hls4ml.board_design import BITSTREAM_FOLDER, KERNEL_FILE
+from isthmus.targets.hls4ml.build_steps import BuildStep, step_names, steps_of
 from isthmus.targets.hls4ml.reports import ToolReport, read_report, replaced
 
 RECORD_SCHEMA = 1
-SOLUTION = f"{simulation.PROJECT_FOLDER}/{simulation.PROJECT_NAME}_prj/solution1"
-HLS_TOOLS = ("vitis_hls", "vitis-run")  # the second is the name from 2024.2 on
+# What the tools make inside the project's folder, beside logs: AMD's and Catapult's project, SmartHLS' output, results of test benches.
+MADE_BY_TOOLS = ("project/model_prj/", "project/hls_output/", "project/tb_data/")
+SOURCES = (".c", ".cpp", ".h", ".hpp", ".tcl", ".txt", "")  # weights are .txt, a Makefile has no ending
 SECONDS = 24 * 3600
 FOUND = 'for tool in {tools}; do command -v "$tool" && exit 0; done; exit 1'
 
 
-@dataclass(frozen=True)
-class BuildStep:
-    """`tcl` is what the tool runs in the artifact's folder; `makes` must be there afterwards; `reports` are read into the record."""
-
-    name: str
-    tools: tuple[str, ...]
-    tcl: str
-    makes: tuple[str, ...]
-    reports: tuple[str, ...] = ()
-
-    def argv(self, tool: str) -> list[str]:
-        script = f"{simulation.BUILD_FOLDER}/{self.name}.tcl"
-        if Path(tool).name == "vitis-run":
-            return [tool, "--mode", "hls", "--tcl", script]
-        return [tool, "-mode", "batch", "-nojournal", "-nolog", "-source", script] if Path(tool).name == "vivado" else [tool, "-f", script]
-
-
-def _hls(*commands: str, reset: bool = False) -> str:
-    """hls4ml's project, opened as its own script does, and the commands."""
-    project = ["source build_prj.tcl"] if reset else [f"open_project {simulation.PROJECT_NAME}_prj", "open_solution solution1"]
-    return "\n".join([f"cd {simulation.PROJECT_FOLDER}", *project, *commands, "exit", ""])
-
-
-# An out-of-context implementation of the IP: what it takes and how fast it is, placed and routed. A bitstream needs a board's block design around
-# it, which `runtimes/pynq` and the vendor's flow bring; write_bitstream of the IP alone is refused by Vivado for want of pins.
-_IMPLEMENT = f"""read_verilog [glob {SOLUTION}/syn/verilog/*.v]
-foreach script [glob -nocomplain {SOLUTION}/syn/verilog/*.tcl] {{ source $script }}
-source {simulation.PROJECT_FOLDER}/project.tcl
-synth_design -top $project_name -part $part -mode out_of_context
-create_clock -period $clock_period [get_ports ap_clk]
-opt_design
-place_design
-route_design
-write_checkpoint -force {simulation.BUILD_FOLDER}/routed.dcp
-report_utilization -file {simulation.BUILD_FOLDER}/utilisation.rpt
-report_timing_summary -file {simulation.BUILD_FOLDER}/timing.rpt
-exit
-"""
-
-STEPS = (
-    BuildStep("synthesis", HLS_TOOLS, _hls(reset=True), (f"{SOLUTION}/syn/verilog",), (f"{SOLUTION}/syn/report/{simulation.PROJECT_NAME}_csynth.rpt",)),
-    BuildStep("cosimulation", HLS_TOOLS, _hls("cosim_design -rtl verilog"), (), (f"{SOLUTION}/sim/report/{simulation.PROJECT_NAME}_cosim.rpt",)),
-    BuildStep("export", HLS_TOOLS, _hls("export_design -format ip_catalog"), (f"{SOLUTION}/impl/ip",)),
-    BuildStep(
-        "implementation",
-        ("vivado",),
-        _IMPLEMENT,
-        (f"{simulation.BUILD_FOLDER}/routed.dcp",),
-        (f"{simulation.BUILD_FOLDER}/utilisation.rpt", f"{simulation.BUILD_FOLDER}/timing.rpt"),
-    ),
-)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Synthesis, co-simulation, export and implementation of the HLS project in this folder.")
+    parser = argparse.ArgumentParser(description="Synthesis, co-simulation, export, implementation and bitstream of the HLS project in this folder.")
     parser.add_argument("--host", default="", help="user@machine that has the tools, reached by ssh")
-    parser.add_argument("--until", choices=[step.name for step in STEPS], default=STEPS[-1].name)
+    parser.add_argument("--until", choices=step_names(), default="", help="the last step (default: all that the backend and the board have)")
     parser.add_argument("--rebuild", action="store_true", help="begin anew, whatever checkpoints say")
     parser.add_argument("--timeout-s", type=int, default=SECONDS, help="of each step")
     options = parser.parse_args(arguments)
@@ -105,35 +55,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build(folder: Path, host: str = "", until: str = STEPS[-1].name, rebuild: bool = False, timeout_s: int = SECONDS) -> dict[str, Any]:
+def build(folder: Path, host: str = "", until: str = "", rebuild: bool = False, timeout_s: int = SECONDS) -> dict[str, Any]:
     """Runs what is not done yet, and gives the record that it leaves in build/build.json.
 
     Raises `IsthmusError` where there is no project, a tool is missing, or a step fails: the sentence names its log and that the same
     command goes on from there.
     """
-    if not (folder / simulation.PROJECT_FOLDER / "build_prj.tcl").is_file():
+    steps = _steps(folder, until)
+    if not (folder / simulation.PROJECT_FOLDER).is_dir():
         raise IsthmusError(f"{folder.resolve()}: no HLS project here: compile for an FPGA board first, and run this in artifacts/<profile>/")
     place = _Host(folder, host) if host else _Here(folder)
     digest = project_digest(folder)
     (folder / simulation.BUILD_FOLDER).mkdir(exist_ok=True)
     done: list[dict[str, Any]] = []
     fresh = rebuild
-    for step in STEPS[: [step.name for step in STEPS].index(until) + 1]:
+    for step in steps:
         known = None if fresh else _checkpoint(folder, step, digest)
         if known is not None:
             done.append({**known, "status": "done before"})
             continue
         fresh = True  # what follows was made from something else
         done.append(_run(step, place, folder, digest, timeout_s))
-        _write(folder / simulation.BUILD_RECORD, _record(folder, digest, done))
-    record = _record(folder, digest, done)
+        _write(folder / simulation.BUILD_RECORD, _record(folder, digest, steps, done))
+    record = _record(folder, digest, steps, done)
     _write(folder / simulation.BUILD_RECORD, record)
     return record
 
 
-def _record(folder: Path, digest: str, done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _steps(folder: Path, until: str) -> tuple[BuildStep, ...]:
+    """Those of the artifact's backend and board, up to `until`."""
+    try:
+        config = json.loads((folder / simulation.CONFIG_FILE).read_text(encoding="utf-8"))
+        steps = steps_of(config["backend"], config["board"] is not None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IsthmusError(
+            f"{folder.resolve()}: no HLS project here ({error}): compile for an FPGA board first, and run this in artifacts/<profile>/"
+        ) from None
+    names = [step.name for step in steps]
+    if until and until not in names:
+        raise IsthmusError(
+            f"--until {until}: this artifact's steps are {', '.join(names)} ({config['backend']}{'' if config['board'] else ', no board design'})"
+        )
+    return steps[: names.index(until) + 1] if until else steps
+
+
+def _record(folder: Path, digest: str, steps: Sequence[BuildStep], done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The steps, and what is now known of the design: the estimate, with what the tools said in its place."""
-    reports = [folder / name for step in STEPS[: len(done)] for name in step.reports]
+    reports = [folder / name for step in steps[: len(done)] for name in step.reports]
     known = [report for path in reports if (report := _read(path)) is not None]
     try:
         estimate = json.loads((folder / simulation.ESTIMATE_FILE).read_text(encoding="utf-8"))
@@ -150,12 +118,12 @@ def _read(path: Path) -> ToolReport | None:
 
 
 def project_digest(folder: Path) -> str:
-    """sha256 of what the steps read: the project without what the tools made in it."""
+    """sha256 of what the steps read: the project without what the tools made in it, and the kernel around it."""
     state = hashlib.sha256()
     root = folder / simulation.PROJECT_FOLDER
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if path.is_file() and not name.startswith(f"{simulation.PROJECT_NAME}_prj/"):
+    for path in [*sorted(root.rglob("*")), *sorted((folder / KERNEL_FILE).parent.glob("*"))]:
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and path.suffix in SOURCES and not name.startswith(MADE_BY_TOOLS):
             state.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
     return state.hexdigest()
 
@@ -171,10 +139,11 @@ def _checkpoint(folder: Path, step: BuildStep, digest: str) -> dict[str, Any] | 
 
 def _run(step: BuildStep, place: _Here | _Host, folder: Path, digest: str, timeout_s: int) -> dict[str, Any]:
     tool = place.find(step.tools)
-    (folder / simulation.BUILD_FOLDER / f"{step.name}.tcl").write_text(step.tcl, encoding="utf-8")
+    if step.script:
+        (folder / step.script).write_text(step.tcl, encoding="utf-8")
     log = folder / simulation.BUILD_FOLDER / f"{step.name}.log"
     started = time.perf_counter()
-    code = place.run(step.argv(tool), log, timeout_s)
+    code = place.run(step, step.command(tool), log, timeout_s)
     seconds = time.perf_counter() - started
     again = "run the same command again: it goes on from this step"
     if code != 0:
@@ -182,10 +151,10 @@ def _run(step: BuildStep, place: _Here | _Host, folder: Path, digest: str, timeo
     missing = place.missing((*step.makes, *step.reports))
     if missing:
         raise IsthmusError(f"step {step.name} ({Path(tool).name}) ended well but did not make {missing[0]}, its log is {log}; {again}\n{tail(log)}")
-    place.fetch(step.reports)
+    place.fetch((*step.reports, *(name for name in step.makes if name.startswith(BITSTREAM_FOLDER))))
     record: dict[str, Any] = {"schema": RECORD_SCHEMA, "project": digest, "name": step.name, "status": "done", "tool": tool, "seconds": round(seconds, 1)}
     record["reports"] = [report_entry(folder / name) for name in step.reports]
-    failed = [entry for entry in record["reports"] if entry.get("passed") is False and entry.get("kind") == "co-simulation"]
+    failed = [entry for entry in record["reports"] if entry.get("passed") is False and entry.get("kind") in ("co-simulation", "smart-hls")]
     if failed:
         raise IsthmusError(f"step {step.name}: the generated hardware computes something else than the C code, its log is {log}")
     _write(folder / simulation.BUILD_FOLDER / f"{step.name}.json", record)
@@ -207,6 +176,15 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 # ---- where the tools are
+def bring(tools: Sequence[str]) -> str:
+    """What puts a tool on the PATH."""
+    return {
+        "catapult": "put Catapult's bin folder on PATH",
+        "cmake": "install CMake, and source oneAPI's setvars.sh for icpx",
+        "shls": "put SmartHLS' bin folder on PATH",
+    }.get(tools[0], "source AMD's settings64.sh")
+
+
 class _Here:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -216,10 +194,10 @@ class _Here:
             path = os.environ.get(f"ISTHMUS_{name.upper().replace('-', '_')}") or shutil.which(name)
             if path:
                 return path
-        raise IsthmusError(f"none of {', '.join(tools)} is here: source AMD's settings64.sh, or name a machine that has it: --host user@machine")
+        raise IsthmusError(f"none of {', '.join(tools)} is here: {bring(tools)}, or name a machine that has it: --host user@machine")
 
-    def run(self, argv: Sequence[str], log: Path, timeout_s: int) -> int:
-        return _logged(argv, self.folder, log, timeout_s)
+    def run(self, step: BuildStep, argv: Sequence[str], log: Path, timeout_s: int) -> int:
+        return _logged(argv, self.folder / step.folder, log.resolve(), timeout_s)
 
     def missing(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if not (self.folder / name).exists()]
@@ -236,7 +214,8 @@ class _Host:
             raise IsthmusError(f"--host: expected user@machine, found {host!r}")
         self.folder, self.host = folder, host
         self.there = f"isthmus-build/{project_digest(folder)[:16]}"
-        packed = subprocess.run(["tar", "-cf", "-", simulation.PROJECT_FOLDER], cwd=folder, capture_output=True, check=False)
+        sent = [name for name in (simulation.PROJECT_FOLDER, "kernel", BITSTREAM_FOLDER) if (folder / name).is_dir()]
+        packed = subprocess.run(["tar", "-cf", "-", *sent], cwd=folder, capture_output=True, check=False)
         self._ssh(f"mkdir -p {self.there}/{simulation.BUILD_FOLDER} && tar -C {self.there} -xf -", packed.stdout)
 
     def _ssh(self, command: str, given: bytes = b"") -> bytes:
@@ -253,12 +232,14 @@ class _Host:
         try:
             return self._ssh(f"bash -lc '{FOUND.format(tools=' '.join(tools))}'").decode().split()[-1]
         except (IsthmusError, IndexError):
-            raise IsthmusError(f"{self.host} has none of {', '.join(tools)} on its PATH: let its login shell source AMD's settings64.sh") from None
+            raise IsthmusError(f"{self.host} has none of {', '.join(tools)} on its PATH: let its login shell {bring(tools)}") from None
 
-    def run(self, argv: Sequence[str], log: Path, timeout_s: int) -> int:
-        script = next(word for word in argv if word.endswith(".tcl"))
-        self._ssh(f"cat > {self.there}/{script}", (self.folder / script).read_bytes())
-        return _logged(["ssh", "-o", "BatchMode=yes", self.host, f"cd {self.there} && bash -lc '{' '.join(argv)}'"], self.folder, log, timeout_s)
+    def run(self, step: BuildStep, argv: Sequence[str], log: Path, timeout_s: int) -> int:
+        if step.script:
+            self._ssh(f"cat > {self.there}/{step.script}", (self.folder / step.script).read_bytes())
+        place = f"{self.there}/{step.folder}" if step.folder else self.there
+        command = f"cd {place} && bash -lc {shlex.quote(shlex.join(argv))}"
+        return _logged(["ssh", "-o", "BatchMode=yes", self.host, command], self.folder, log, timeout_s)
 
     def missing(self, names: Iterable[str]) -> list[str]:
         listed = " ".join(names)

@@ -7,6 +7,7 @@ What g++ made of the very same files before is taken from the user's cache; the 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -15,14 +16,16 @@ from pathlib import Path
 
 from isthmus.errors import IsthmusError
 from isthmus.targets.hls4ml import simulation
+from isthmus.targets.hls4ml.backends import BACKENDS, Backend
+from isthmus.targets.hls4ml.board_design import KERNEL_FILE
 from isthmus.targets.hls4ml.build_cache import BuildCache, cache_folder
 from isthmus.tools import find_tool
 
-FIRMWARE = Path(simulation.PROJECT_FOLDER) / "firmware"
 WAY_OUT = "let XDG_CACHE_HOME name a folder that can be written"
 
 
 def main() -> int:
+    backend = BACKENDS[json.loads(Path(simulation.CONFIG_FILE).read_text(encoding="utf-8"))["backend"]]
     compiler = find_tool("g++")
     if not compiler.found:
         sys.stdout.write(f"g++ is not here: {compiler.fix}\n")
@@ -34,17 +37,19 @@ def main() -> int:
         return 1
     except OSError as error:
         sys.stdout.write(f"not cached: {error}; {WAY_OUT}\n")
-        return _compile(compiler.path, [])
-    identity = f"{compiler.version}\0{_target_of(compiler.path)}\0{' '.join(simulation.FLAGS)}"
-    return _cached(cache, compiler.path, identity)
+        return _compile([compiler.path, *simulation.flags(backend)])
+    return _cached(cache, backend, compiler.path, f"{compiler.version}\0{_target_of(compiler.path)}")
 
 
-def _cached(cache: BuildCache, compiler: str, identity: str) -> int:
-    library, header = Path(simulation.LIBRARY_FILE), Path(simulation.HEADER_FILE)
-    shared = [path for folder in ("ap_types", "nnet_utils") for path in sorted((FIRMWARE / folder).rglob("*.h")) if path.name != simulation.GENERATED_HEADER]
-    headers = digest_of(identity, [header, *shared])
-    own = sorted({*FIRMWARE.rglob("*.h"), *FIRMWARE.glob("*.cpp")} - set(shared))
-    digest = digest_of(headers, [*own, Path(simulation.SOURCE_FILE), Path(simulation.PROJECT_FOLDER) / f"{simulation.PROJECT_NAME}_bridge.cpp"])
+def _cached(cache: BuildCache, backend: Backend, compiler: str, identity: str) -> int:
+    argv = [compiler, *simulation.flags(backend)]
+    library, header, firmware = Path(simulation.LIBRARY_FILE), Path(simulation.HEADER_FILE), Path(backend.firmware)
+    folders = (firmware / "nnet_utils", *(Path(folder) for folder in backend.includes))
+    shared = sorted({path for folder in folders for path in folder.rglob("*.h*") if path.name != simulation.GENERATED_HEADER})
+    headers = digest_of(f"{identity}\0{' '.join(argv[1:])}", [header, *shared])
+    own = sorted({*firmware.rglob("*.h"), *firmware.glob("*.cpp")} - set(shared))
+    others = [path for path in (Path(simulation.SOURCE_FILE), Path(backend.bridge), Path(KERNEL_FILE)) if path.is_file()]
+    digest = digest_of(headers, [*own, *others])
     found = cache.find("simulation", digest)
     if found is not None:
         shutil.copyfile(found / library.name, library)
@@ -53,17 +58,17 @@ def _cached(cache: BuildCache, compiler: str, identity: str) -> int:
 
     def parse(folder: Path) -> None:
         shutil.copyfile(header, folder / header.name)
-        if _run([compiler, *simulation.FLAGS, "-x", "c++-header", str(folder / header.name), "-o", str(folder / f"{header.name}.gch")]):
+        if _run([*argv, "-x", "c++-header", str(folder / header.name), "-o", str(folder / f"{header.name}.gch")]):
             raise IsthmusError("g++ cannot precompile the headers")
 
     try:
         precompiled = cache.find("headers", headers) or cache.add("headers", headers, parse)
-        code = _compile(compiler, ["-include", str(precompiled / header.name)])
+        code = _compile([*argv, "-include", str(precompiled / header.name)])
         if code == 0:
             cache.add("simulation", digest, lambda folder: shutil.copyfile(library, folder / library.name))
     except (OSError, IsthmusError) as error:
         sys.stdout.write(f"not cached: {error}; {WAY_OUT}\n")
-        code = _compile(compiler, [])
+        code = _compile(argv)
     return code
 
 
@@ -79,8 +84,8 @@ def _target_of(compiler: str) -> str:
     return subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, timeout=60, check=True).stdout.strip()
 
 
-def _compile(compiler: str, precompiled: list[str]) -> int:
-    return _run([compiler, *simulation.FLAGS, *precompiled, "-shared", simulation.SOURCE_FILE, "-o", simulation.LIBRARY_FILE, "-ldl"])
+def _compile(argv: list[str]) -> int:
+    return _run([*argv, "-shared", simulation.SOURCE_FILE, "-o", simulation.LIBRARY_FILE, "-ldl"])
 
 
 def _run(argv: list[str]) -> int:

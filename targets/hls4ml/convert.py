@@ -17,6 +17,8 @@ from typing import Any
 import hls4ml
 import onnx
 
+from isthmus.targets.hls4ml.backends import BACKENDS
+from isthmus.targets.hls4ml.completion import complete, missing_code, prepare
 from isthmus.targets.hls4ml.extension import register
 from isthmus.targets.hls4ml.simulation import BUILD_OPTIONS, CONFIG_FILE, EXTENSION_FILE, PROJECT_FOLDER, PROJECT_NAME, QONNX_FILE
 
@@ -25,20 +27,19 @@ DEFAULT_PRECISION = "ap_fixed<65,33>"
 CHECKED = ("result", "accum", "weight", "bias")
 # Layers that only move values, some of them put in by hls4ml itself (in io_stream): their result has the type of their input.
 MOVES = frozenset({"ZeroPadding2D", "Clone", "Repack"})
-STAMP = "isthmus"
 
 
 def main() -> int:
     config = json.loads(Path(CONFIG_FILE).read_text(encoding="utf-8"))
     register(config["backend"], Path(EXTENSION_FILE))
     model = converted(config, onnx.load(QONNX_FILE))
-    problems = [*type_problems(model, config["layers"]), *border_problems(model, config)]
+    problems = [*type_problems(model, config["layers"]), *border_problems(model, config), *missing_code(model)]
     for problem in problems:
         print(problem)
     if problems:
         return 1
     set_depths(model, config["fifo_depths"], config["layers"])
-    write(model)
+    write(model, config)
     print(f"{len(list(model.get_layers()))} HLS layers written with hls4ml {hls4ml.__version__}")
     return 0
 
@@ -50,7 +51,7 @@ def converted(config: Mapping[str, Any], proto: onnx.ModelProto) -> Any:
         output_dir=PROJECT_FOLDER,
         project_name=PROJECT_NAME,
         backend=config["backend"],
-        part=config["part"],
+        **{"part": config["part"], **config["settings"]},
         clock_period=config["clock_ns"],
         io_type=config["io_type"],
         hls_config={"Model": {"Precision": DEFAULT_PRECISION, "ReuseFactor": 1, "Strategy": "Latency"}, "LayerName": config["layers"]},
@@ -86,9 +87,15 @@ def type_problems(model: Any, planned: Mapping[str, Any]) -> list[str]:
                 problems.append(f"{layer.name} ({layer.class_name}): {kind} fell back to a default type")
             elif kind == "result" and wanted.get(kind) == "auto":
                 problems += _derived_problem(layer.name, found.precision, name, planned, backend)
-            elif kind in ("result", "accum") and kind in wanted and found.precision != backend.convert_precision_string(wanted[kind]):
+            elif kind in ("result", "accum") and kind in wanted and not _as_planned(kind, found.precision, backend.convert_precision_string(wanted[kind])):
                 problems.append(f"{layer.name} ({layer.class_name}): {kind} is {found.precision}, planned {wanted[kind]}")
     return problems
+
+
+def _as_planned(kind: str, found: Any, wanted: Any) -> bool:
+    """The planned type, or an accumulator that holds all of it: Catapult's pools take a wider one."""
+    holds = found.signed and found.integer >= wanted.integer and found.fractional >= wanted.fractional
+    return found == wanted or (kind == "accum" and holds and (found.rounding_mode, found.saturation_mode) == (wanted.rounding_mode, wanted.saturation_mode))
 
 
 def _derived_problem(label: str, found: Any, name: str, planned: Mapping[str, Any], backend: Any) -> list[str]:
@@ -124,15 +131,15 @@ def set_depths(model: Any, depths: Mapping[str, int], planned: Mapping[str, Any]
                 variable.pragma = ("stream", wanted)
 
 
-def write(model: Any) -> None:
+def write(model: Any, config: Mapping[str, Any]) -> None:
     """The project, the same bytes for the same model: no random stamp, no copy of the model in the YAML file."""
+    backend = BACKENDS[config["backend"]]
     model.config.config.pop("OnnxModel", None)
+    prepare(model, backend)
     model.write()
-    stamp = model.config.config["Stamp"]
-    for name in ("build_lib.sh", "hls4ml_config.yml"):
-        path = Path(PROJECT_FOLDER) / name
-        path.write_text(path.read_text(encoding="utf-8").replace(stamp, STAMP), encoding="utf-8")
-    (Path(PROJECT_FOLDER) / "build_opt.tcl").write_text(BUILD_OPTIONS, encoding="utf-8")
+    complete(model, backend, config)
+    if backend.name == "Vitis":
+        (Path(PROJECT_FOLDER) / "build_opt.tcl").write_text(BUILD_OPTIONS, encoding="utf-8")
 
 
 if __name__ == "__main__":

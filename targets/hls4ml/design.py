@@ -14,7 +14,7 @@ import onnx
 from isthmus.targets.hls4ml.calibration import Work
 from isthmus.targets.hls4ml.folding import Product
 from isthmus.targets.hls4ml.stream import Stage
-from isthmus.targets.hls4ml.writer import KERNEL
+from isthmus.targets.hls4ml.writer import GLOBAL_MEAN, KERNEL
 
 if TYPE_CHECKING:
     from isthmus.targets.hls4ml.lower import Lowered
@@ -104,6 +104,8 @@ class _Builder:
             self._pad(value, node.name, inputs[0], (0, 0, after[0] - before[0], after[1] - before[1]))
         elif node.op_type in ("MaxPool", "AveragePool"):
             self._pool(node, value, inputs[0])
+        elif node.op_type == GLOBAL_MEAN:
+            self._global_mean(node, value, inputs[0])
         elif node.op_type == KERNEL:
             self._kernel(node, value, inputs)
         else:
@@ -182,6 +184,14 @@ class _Builder:
         work = Work("pool", rows * columns if self.streams else 1, channels if self.streams else channels * outside, bits, int(np.prod(kernel)), out_bits=bits)
         window: dict[str, Any] = {"grid": (rows, columns), "kernel": tuple(kernel), "strides": tuple(strides)}
         self.add(value, node.name, work, "window", [source], outside, delay=3, **window)
+
+    def _global_mean(self, node: onnx.NodeProto, value: str, source: str) -> None:
+        """One sum a channel, wide enough for all of them: never published, counted as a pool of two terms of that width."""
+        rows, columns, channels = self.grid(source)
+        sum_bits = self.widths[source] + (rows * columns - 1).bit_length()
+        work = Work("pool", rows * columns, channels, sum_bits, terms=2, out_bits=self.widths[source])
+        whole = (rows, columns)
+        self.add(value, node.name, work, "window", [source], 1, delay=3, grid=whole, kernel=whole, strides=whole)
 
     def _kernel(self, node: onnx.NodeProto, value: str, inputs: Sequence[str]) -> None:
         function = next(attribute.s.decode() for attribute in node.attribute if attribute.name == "kernel")

@@ -49,6 +49,12 @@ class LayerEstimate:
     latency_cycles: int
     interval_cycles: int
 
+    def to_json(self) -> dict[str, str | int]:
+        """Counts as whole numbers."""
+        strategy = self.strategy if self.kind in ("dense", "conv") else ""
+        counts = {name: round(getattr(self, name)) for name in ("reuse", *RESOURCES, "latency_cycles", "interval_cycles")}
+        return {"layer": self.name, "kind": self.kind, "strategy": strategy, **counts}
+
 
 @dataclass(frozen=True)
 class FpgaEstimate:
@@ -58,6 +64,7 @@ class FpgaEstimate:
     """
 
     part: str
+    io_type: str
     clock_ns: float
     totals: Mapping[str, float]
     latency_cycles: int
@@ -81,6 +88,11 @@ class FpgaEstimate:
         return {name: (self.totals[name], there) for name, there in self.available.items() if self.totals.get(name, 0) > there}
 
     @property
+    def share(self) -> float:
+        """Of the part, by the scarcest resource."""
+        return max(self.totals[name] / max(there, 1) for name, there in self.available.items())
+
+    @property
     def fits(self) -> bool:
         return not self.over()
 
@@ -88,6 +100,7 @@ class FpgaEstimate:
         return {
             "source": self.source,
             "part": self.part,
+            "io_type": self.io_type,
             "clock_ns": self.clock_ns,
             "latency_cycles": self.latency_cycles,
             "interval_cycles": self.interval_cycles,
@@ -96,6 +109,7 @@ class FpgaEstimate:
             "intervals": {name: [round(low), round(high)] for name, (low, high) in self.intervals.items()},
             "available": {name: round(value) for name, value in self.available.items()},
             "fits": self.fits,
+            "estimated_layers": [one.to_json() for one in self.layers],
         }
 
     def sentence(self) -> str:
@@ -104,18 +118,19 @@ class FpgaEstimate:
         cycles = f"{self.latency_cycles} cycles{_between(self.intervals.get('latency_cycles'))}, {self.latency_us:.1f} us at {self.clock_ns:g} ns"
         return f"{self.source}: {', '.join(figures)}; latency {cycles}; one sample every {self.interval_cycles} cycles"
 
-    def as_shown(self, io_type: str) -> Estimate:
+    def as_shown(self) -> Estimate:
         """As `isthmus cost --on` shows it."""
         low, high = self.intervals.get("latency_cycles", (self.latency_cycles, self.latency_cycles))
         second = self.clock_ns * 1e-9
         counted = {name: float(round(value)) for name, value in self.totals.items()}
-        within = ", ".join(f"{LABELS[name]} {round(low)} to {round(high)}" for name, (low, high) in self.intervals.items() if name in LABELS)
-        basis = f"published synthesis reports of hls4ml projects; eight of ten of them, left out of the fit, lie within: {within}"
+        within = ", ".join(f"{LABELS[name]} {low:.2f} to {high:.2f}" for name, (low, high) in ratios().items() if name in LABELS)
+        basis = f"published synthesis reports of hls4ml projects; eight of ten of them, left out of the fit, have so many times the estimate: {within}"
         return Estimate(
-            f"{self.part}, {io_type}, {self.clock_ns:g} ns{'' if self.fits else ', does not fit'}",
+            f"{self.part}, {self.io_type}, {self.clock_ns:g} ns{'' if self.fits else ', does not fit'}",
             (low * second, self.latency_cycles * second, high * second),
             counted | {"latency_cycles": float(self.latency_cycles), "interval_cycles": float(self.interval_cycles)},
             basis,
+            layers=tuple(one.to_json() for one in self.layers),
         )
 
 
@@ -236,7 +251,7 @@ def estimate(layers: Sequence[Layer], profile: Profile, io_type: str, clock_ns: 
     spread = ratios()
     values = {**totals, "latency_cycles": float(latency)}
     intervals = {name: (value * spread[name][0], value * spread[name][1]) for name, value in values.items() if name in spread}
-    return FpgaEstimate(part, clock_ns, totals, latency, interval, intervals, available_of(profile), estimates, fifos)
+    return FpgaEstimate(part, io_type, clock_ns, totals, latency, interval, intervals, available_of(profile), estimates, fifos)
 
 
 def stream_depths(stages: Sequence[Stage]) -> tuple[dict[Edge, int], int]:
@@ -304,6 +319,6 @@ def budget(graph: QuantGraph, profile: Profile) -> dict[str, Any]:
         if node.kind == "int8"
     ]
     needed = weights + 4 * biases + 4 * scales + max(live, default=0)
-    fp32_mb = 4 * (weights + biases) / 1e6
+    fp32_mb = 4 * (weights + biases) / 2**20  # as the paper's tables count
     fits, rule = bool(needed <= there), bool(fp32_mb <= PAPER_LIMIT_MB)
     return {"needed_bytes": int(needed), "on_chip_bytes": there, "memory_fits": fits, "fp32_mb": fp32_mb, "paper_rule": rule}

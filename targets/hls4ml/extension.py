@@ -13,7 +13,7 @@ from hls4ml.model.attributes import Attribute
 from hls4ml.model.layers import Layer, register_layer
 
 from isthmus.targets.hls4ml.simulation import EXTENSION_HEADER
-from isthmus.targets.hls4ml.writer import KERNEL
+from isthmus.targets.hls4ml.writer import GLOBAL_MEAN, KERNEL
 
 
 class IsthmusKernel(Layer):
@@ -56,9 +56,17 @@ def _parsed(node: Any, input_names: list[str], input_shapes: list[list[int]], gr
     }
 
 
+def _global_mean(node: Any, input_names: list[str], input_shapes: list[list[int]], graph: Any) -> dict[str, Any]:
+    _, rows, columns, channels = input_shapes[0]
+    own = {"class_name": "GlobalAveragePooling2D", "name": node.name, "inputs": input_names, "outputs": list(node.output)}
+    window = {"pool_height": rows, "pool_width": columns, "stride_height": rows, "stride_width": columns}
+    return {**own, **window, "data_format": "channels_last", "n_filt": channels, "in_height": rows, "in_width": columns}
+
+
 def register(backend: str, header: Path) -> None:
     """Makes the layer known to hls4ml; `header` is the file with its HLS code."""
     register_onnx_layer_handler(KERNEL, _parsed)
+    register_onnx_layer_handler(GLOBAL_MEAN, _global_mean)
     register_layer(KERNEL, IsthmusKernel)
     get_backend(backend).register_template(_Config)
     get_backend(backend).register_template(_Call)

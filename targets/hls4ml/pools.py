@@ -12,8 +12,10 @@ from isthmus.targets.hls4ml.fixed import INT8_LOW, Fixed, average_type, fraction
 from isthmus.targets.hls4ml.kernels import constant_source, interpolate_kernel
 from isthmus.targets.hls4ml.layout import hls_shape, hls_sources
 from isthmus.targets.hls4ml.lowering import Lowering
+from isthmus.targets.hls4ml.moves import SHAPES_ONLY, feeds_products
+from isthmus.targets.hls4ml.tail import fpga_outputs
 from isthmus.targets.hls4ml.windows import PoolWindow, pool_window, streams_natively
-from isthmus.targets.hls4ml.writer import CHANNELS_LAST
+from isthmus.targets.hls4ml.writer import CHANNELS_LAST, GLOBAL_MEAN, KERNEL_DOMAIN
 
 if TYPE_CHECKING:
     from isthmus.graph import QuantNode
@@ -29,7 +31,22 @@ def average_pool(low: Lowering, node: QuantNode, name: str) -> str:
     window = pool_window(node, low.spec(node.inputs[0]).shape, low.spec(node.output).shape)
     exact = average_type(int(np.prod(window.kernel)), low.scale(node.inputs[0]), low.scale(node.output))
     low.writer.layer(name, result=low.type(node.output), accum=exact)
-    return low.writer.quant(_pool(low, "AveragePool", node, name), f"{name}_quant", low.type(node.output), low.shape(node.output))
+    if low.streams and _is_global(low, node, window) and _flattened(low, node):
+        # One sum a channel; the windowed pool of a stream keeps the whole tensor in registers. Its result is flat, so nothing else may read it.
+        value = low.writer.node(GLOBAL_MEAN, [low.values[node.inputs[0]]], name, low.shape(node.output), domain=KERNEL_DOMAIN)
+    else:
+        value = _pool(low, "AveragePool", node, name)
+    return low.writer.quant(value, f"{name}_quant", low.type(node.output), low.shape(node.output))
+
+
+def _is_global(low: Lowering, node: QuantNode, window: PoolWindow) -> bool:
+    return window.kernel == low.shape(node.inputs[0])[1:3] and not any(window.pads)
+
+
+def _flattened(low: Lowering, node: QuantNode) -> bool:
+    readers = low.graph.consumers(node.output)
+    shaped = bool(readers) and all(reader.op in SHAPES_ONLY and feeds_products(reader, low.graph) for reader in readers)
+    return shaped and node.output not in fpga_outputs(low.graph)
 
 
 def _pool(low: Lowering, op: str, node: QuantNode, name: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports of AMD's tools: C synthesis (text and XML, Vivado HLS and Vitis HLS), co-simulation, and Vivado's utilisation and timing.
+"""Reports of the tools: C synthesis (text and XML, Vivado HLS and Vitis HLS), co-simulation, Vivado's utilisation and timing, SmartHLS' results.
 
 What a tool says replaces an estimate. A file that is none of these ends in one sentence, never in a guess.
 """
@@ -41,7 +41,7 @@ class Module:
 
 @dataclass(frozen=True)
 class ToolReport:
-    """`kind`: c-synthesis, co-simulation, utilisation or timing; what a report does not say is None or missing."""
+    """`kind`: c-synthesis, co-simulation, utilisation, timing or smart-hls; what a report does not say is None or missing."""
 
     kind: str
     tool_version: str = ""
@@ -88,7 +88,7 @@ def read_report(path: Path) -> ToolReport:
     except OSError as error:
         raise IsthmusError(f"{path.name}: the report cannot be read: {error.strerror}") from None
     if size > MAX_BYTES:
-        raise IsthmusError(f"{path.name}: {size} bytes are too many for a report of AMD's tools")
+        raise IsthmusError(f"{path.name}: {size} bytes are too many for a report")
     return parse_report(text, path.name)
 
 
@@ -102,7 +102,7 @@ def parse_report(text: str, name: str = "report") -> ToolReport:
                 raise IsthmusError(f"{name}: looks like {reader.__doc__} but cannot be read: {error}") from None
             return found
     raise IsthmusError(
-        f"{name}: not a report that isthmus knows (C synthesis, co-simulation, utilisation or timing of Vivado HLS, Vitis HLS or Vivado); "
+        f"{name}: not a report that isthmus knows (C synthesis, co-simulation, utilisation or timing of Vivado HLS, Vitis HLS or Vivado, results of SmartHLS); "
         "the tool's own file is kept beside it"
     )
 
@@ -242,7 +242,39 @@ def _timing(text: str) -> ToolReport:
     )
 
 
+# ---- SmartHLS
+# Its names -> ours. A 4-input LUT and a flip-flop belong together in a logic element; LSRAM blocks have 20 Kb each.
+SMART_HLS = {"Fabric + Interface 4LUT": "lut", "Fabric + Interface DFF": "ff", "Math": "dsp", "LSRAM": "lsram_20k"}
+
+
+def _smart_hls(text: str) -> ToolReport:
+    """a results report of SmartHLS"""
+    if "====== 3. Resource Usage" not in text:
+        raise ValueError("a section '3. Resource Usage' is expected")
+    calls, cycles = (_count(_first(rf"^{name}:\s+([\d,]+)", text).replace(",", "")) for name in ("Number of calls", "Cycle latency"))
+    verdict = _first(r"^SW/HW co-simulation:\s+(\S+)", text)
+    clock = re.search(r"^\|\s*\S+\s*\|\s*([\d.]+) ns\s*\|\s*[\d.]+ MHz\s*\|\s*(-?[\d.]+) ns\s*\|\s*([\d.]+) ns", text, re.MULTILINE)
+    used: dict[str, int] = {}
+    available: dict[str, int] = {}
+    for cells in _rows(text.partition("====== 3. Resource Usage")[2].partition("====== 4.")[0]):
+        name = SMART_HLS.get(cells[0].rstrip("*"))
+        if name and len(cells) == 4:
+            used[name], available[name] = int(cells[1].rpartition("=")[2]), int(cells[2])
+    return ToolReport(
+        "smart-hls",
+        part=_first(r"^Device:\s+(\S+)", text),
+        clock_target_ns=float(clock.group(1)) if clock else None,
+        clock_estimated_ns=float(clock.group(3)) if clock else None,
+        latency_cycles=cycles if calls == 1 else None,  # the cycles of all calls together
+        resources=used,
+        available=available,
+        slack_ns=float(clock.group(2)) if clock else None,
+        passed=verdict == "PASS" if verdict else None,
+    )
+
+
 _READERS = (
+    (r"Summary Report for RTL Simulation and FPGA Synthesis", _smart_hls),
     (r"<profile>\s*(?:<!--.*?-->\s*)?<ReportVersion>", _c_synthesis_xml),
     (r"== Vi(?:vado|tis) HLS Report for '", _c_synthesis_text),
     (r"^Simulation tool\s*:(?s:.*)\|\s*Verilog\|", _co_simulation),

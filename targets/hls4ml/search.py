@@ -43,8 +43,7 @@ class Configuration:
 
     @property
     def share(self) -> float:
-        totals, available = self.estimate.totals, self.estimate.available
-        return max(totals[name] / max(there, 1) for name, there in available.items())
+        return self.estimate.share
 
 
 def choices_of(layer: Layer) -> list[Choice]:
@@ -64,8 +63,19 @@ def choices_of(layer: Layer) -> list[Choice]:
 
 def front(layers: Sequence[Layer], profile: Profile, io_type: str, clock_ns: float) -> list[Configuration]:
     """The Pareto front, fastest first: none of them is both slower and larger than another."""
-    made = list(_configurations(layers, profile, io_type, clock_ns))
-    return [made[place] for place in _pareto([(one.estimate.latency_cycles, one.share) for one in made])]
+    return merged(list(_configurations(layers, profile, io_type, clock_ns)))
+
+
+def merged(configurations: Sequence[Configuration]) -> list[Configuration]:
+    """Those that no other beats in both, fastest first."""
+    return [configurations[place] for place in _pareto([(one.estimate.latency_cycles, one.share) for one in configurations])]
+
+
+def rank(one: FpgaEstimate, goal: Goal) -> tuple[float, ...]:
+    """Least is best: what fits before what does not; the smallest where there is a bound, which all of them keep, or where nothing fits; else the fastest."""
+    if not one.fits:
+        return 1.0, one.share
+    return (0.0, one.share, one.latency_cycles) if goal.bounded else (0.0, one.latency_cycles, one.share)
 
 
 def found(layers: Sequence[Layer], profile: Profile, io_type: str, clock_ns: float, goal: Goal) -> Configuration:
@@ -113,9 +123,8 @@ def chosen(configurations: Sequence[Configuration], goal: Goal, profile: Profile
         wanted = " and ".join(
             [*([f"{goal.max_latency_us:g} us"] if goal.max_latency_us else []), *([f"{goal.min_fps:g} samples a second"] if goal.min_fps else [])]
         )
-        fact = (
-            f"the fastest that fits {profile.board} is estimated at {fastest.latency_us:.1f} us, {fastest.frames_a_second:.0f} samples a second, not {wanted}"
-        )
+        speed = f"{fastest.latency_us:.1f} us, {fastest.frames_a_second:.0f} samples a second"
+        fact = f"the fastest in {fastest.io_type} that fits {profile.board} is estimated at {speed}, not {wanted}"
         raise ProblemsError("hls4ml", [Problem("model", "too-slow", fact, "ask for less, use fewer channels, a shorter --set clock_ns, or a larger part")])
     return min(fast, key=lambda one: (one.share, one.estimate.latency_cycles))
 
@@ -179,7 +188,7 @@ def too_large(smallest: Configuration, profile: Profile) -> Problem:
     worst = max(over, key=lambda name: over[name][0] / max(over[name][1], 1))
     largest = max(smallest.estimate.layers, key=lambda one: float(getattr(one, worst)))
     share = (over[worst][1] / over[worst][0]) ** 0.5
-    fact = f"even the smallest folding, with the largest reuse factors, is estimated not to fit {profile.board}: {wanted}"
+    fact = f"even the smallest folding in {smallest.estimate.io_type}, with the largest reuse factors, is estimated not to fit {profile.board}: {wanted}"
     parts = _larger_parts(smallest, profile)
     fixes = [f"use about {100 * share:.0f} % of the channels (most is in {largest.name})"]
     fixes += [f"take a larger part ({', '.join(parts)})"] if parts else []
@@ -200,7 +209,7 @@ def _larger_parts(smallest: Configuration, profile: Profile) -> list[str]:
 def table(configurations: Sequence[Configuration]) -> list[str]:
     """The front as lines of a report, fastest first."""
     return [
-        f"{one.estimate.latency_us:.1f} us, one sample every {one.estimate.interval_cycles} cycles, "
+        f"{one.estimate.io_type}, {one.estimate.latency_us:.1f} us, one sample every {one.estimate.interval_cycles} cycles, "
         + ", ".join(f"{one.estimate.totals[name]:.0f} {LABELS[name]}" for name in RESOURCES)
         + ("" if one.estimate.fits else " (does not fit)")
         for one in configurations

@@ -22,6 +22,7 @@ QUANT = "qonnx.custom_op.general"
 # Of our own: a layer whose HLS code is in `hls_code`, made known to hls4ml by `extension`.
 KERNEL_DOMAIN = "isthmus"
 KERNEL = "IsthmusKernel"
+GLOBAL_MEAN = "IsthmusGlobalMean"  # hls4ml's own layer, whose ONNX handler (1.3.0) takes rows for channels in every layout
 
 
 class QonnxWriter:

@@ -29,7 +29,7 @@ from isthmus.targets.jetson.float_graph import beyond_fp16
 from isthmus.targets.jetson.lint import lint, summary
 from isthmus.targets.jetson.lower import LOWERINGS, end_pads
 
-KERNELS = "kernels.json"
+CHECK, KERNELS = "check", "kernels.json"
 CHECK_TIMEOUT_S = 600
 
 # Float islands that TensorRT-RTX 1.7 compiles (tests/tool/test_jetson.py) and that stand in the operator table of TensorRT 10.0's parser.
@@ -73,7 +73,7 @@ class JetsonTarget(Target):
         rounding = [node for node in graph.nodes if node.kind == "int8" and not OPS[node.op].passes_scale]
         return BuildPlan(
             files={**files, SCRIPT: (resources.files(__package__) / SCRIPT).read_bytes()},
-            steps=(_check(profile, engines), *(engine.step for engine in engines)),
+            steps=(_check(profile, engines, chosen["check_nearest"]), *(engine.step for engine in engines)),
             artifact=ARTIFACT,
             engine="tensorrt",
             inputs=tuple(map(_float_border, graph.inputs)),
@@ -93,12 +93,12 @@ WHY_INT8 = (
 WHY_FLOAT = "the board has no int8: its engine computes in half precision and rounds nothing to int8 between layers; not measured yet"
 
 
-def _check(profile: Profile, engines: Sequence[Engine]) -> Step:
-    sm = str(profile.toolchain["check_sm"])
+def _check(profile: Profile, engines: Sequence[Engine], nearest: bool) -> Step:
+    sms = [str(sm) for sm in profile.toolchain["check_sm"]][: 1 if nearest else None]
     models = dict.fromkeys(engine.model for engine in engines)
     return Step(
-        f"check-sm{sm}",
-        ("{python}", "-m", "isthmus.targets.jetson.check_with_rtx", *models, "--sm", sm, "--kernels", KERNELS),
+        CHECK,
+        ("{python}", "-m", "isthmus.targets.jetson.check_with_rtx", *models, "--sm", *sms, "--kernels", KERNELS),
         tool="tensorrt_rtx",
         outputs=(KERNELS,),
         optional=True,
@@ -134,11 +134,11 @@ def _dialect_problems(node: QuantNode, dialect: Dialect) -> list[Problem]:
 
 def _notes(graph: QuantGraph, profile: Profile, dialect: Dialect, engines: Sequence[Engine], dla: bool) -> list[str]:
     of_board = profile.toolchain
-    sm, names = of_board["check_sm"], [engine.name for engine in engines]
+    sm, names = of_board["check_sm"][0], [engine.name for engine in engines]
     notes = [
         f"planned: 'python3 {SCRIPT}' in this folder on the board makes {ENGINE}; it needs TensorRT (JetPack {of_board['jetpack']} brings"
         f" {of_board['tensorrt']}) and nothing else; the graph is in the dialect of {dialect.name}",
-        f"step check-sm{sm} compiles the graph with TensorRT-RTX for SM{sm}, the nearest GPU it knows; the board is SM{of_board['sm']}: its engine, latency and"
+        f"step {CHECK} compiles the graph with TensorRT-RTX, SM{sm} being the nearest GPU it knows; the board is SM{of_board['sm']}: its engine, latency and"
         f" exact numbers are measured on the board; {KERNELS} lists what was compiled",
     ]
     if not has_int8(profile):
@@ -163,6 +163,7 @@ TARGET = JetsonTarget(
         "dla": Option(
             False, "a third engine that places layers on the deep learning accelerator where it takes them; the notes list which fall back to the GPU"
         ),
+        "check_nearest": Option(False, "compile ahead of time for the nearest GPU that TensorRT-RTX knows alone, and not for a second one: half the time"),
         "half_islands": Option(False, "float islands of the int8 engine in half precision: faster, and some three digits instead of seven"),
     },
 )

@@ -18,6 +18,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -34,6 +35,7 @@ MODEL_COPIES = 4
 DLA_READS_QUANTISERS = (11, 4)
 # Names and numbers of the CUDA driver's interface (cuda.h), the same since CUDA 5.
 MULTIPROCESSORS, MAJOR, MINOR = 16, 75, 76
+DRIVER_TOO_OLD = r"CUDA initialization failure with error:? 35\b|driver version is insufficient"
 NO_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "cudaerrormemoryallocation", "requested memory")
 
 
@@ -115,9 +117,7 @@ def _build(engine: dict, trt: Any, record: dict, options: argparse.Namespace) ->
 def _serialised(engine: dict, trt: Any, log: Any, workspace: int, options: argparse.Namespace) -> tuple:
     """(the engine's bytes or None, the timing cache's or None)."""
     version = _version(trt)
-    builder = trt.Builder(log)
-    if builder is None:
-        raise BuildError(f"TensorRT {trt.__version__} gives no builder: {first_line(log.errors)}")
+    builder = _builder(trt, log)
     typed = bool(options.rtx) or (version >= (10, 0) and not (engine["dla"] and version < DLA_READS_QUANTISERS))
     network, _parser = _parsed(trt, builder, log, engine["model"], typed)
     config = builder.create_builder_config()
@@ -224,13 +224,27 @@ def _log(trt: Any, verbose: bool) -> Any:
             self.errors = []  # type: list
 
         def log(self, severity: Any, msg: str) -> None:
-            serious = severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
+            # That CUDA does not start, some versions say in a warning.
+            serious = severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) or "CUDA initialization failure" in msg
             if serious:
                 self.errors.append(msg)
             if serious or verbose or severity == trt.ILogger.WARNING:
                 sys.stderr.write(msg + "\n")
 
     return Log()
+
+
+def _builder(trt: Any, log: Any) -> Any:
+    """TensorRT gives none where CUDA does not start; pybind11 makes a TypeError of that ("factory function returned nullptr")."""
+    try:
+        builder = trt.Builder(log)
+    except TypeError:
+        builder = None
+    if builder is None:
+        line = first_line(log.errors)
+        reason = "the GPU's driver is too old for it: update JetPack" if re.search(DRIVER_TOO_OLD, line) else line
+        raise BuildError(f"TensorRT {trt.__version__} gives no builder: {reason}")
+    return builder
 
 
 def _parsed(trt: Any, builder: Any, log: Any, model: str, typed: bool) -> tuple:
@@ -356,6 +370,12 @@ def _check_board(plan: dict, gpu: dict) -> None:
         raise BuildError(
             f"the plan is for {plan.get('board', 'another board')} (SM {plan['sm']}), this GPU is {gpu['name']} (SM {gpu['sm']}): compile for this board's"
             " own profile, or pass --other-board"
+        )
+    wanted = plan.get("multiprocessors")
+    if wanted and wanted != gpu["multiprocessors"]:
+        raise BuildError(
+            f"the plan is for {plan.get('board', 'another board')} with {wanted} multiprocessors, this GPU has {gpu['multiprocessors']}: compile for this"
+            " board's own profile, choose a power mode that leaves all of them on (sudo nvpmodel -m 0), or pass --other-board"
         )
 
 

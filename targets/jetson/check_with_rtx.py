@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """NVIDIA's own check that the graphs compile: parse and build them ahead of time with TensorRT-RTX, without a GPU, as a process of its own.
 
-    python -m isthmus.targets.jetson.check_with_rtx model.onnx model_float.onnx --sm 86 --kernels kernels.json
+    python -m isthmus.targets.jetson.check_with_rtx model.onnx model_float.onnx --sm 86 89 --kernels kernels.json
 
-TensorRT-RTX (1.7) knows SM86, desktop Ampere, but not Orin's SM87, and a Jetson loads only engines that its own TensorRT built: what
+TensorRT-RTX (1.7) knows SM86, desktop Ampere, and SM89, Ada, but not Orin's SM87, and a Jetson loads only engines that its own TensorRT built: what
 is built here is thrown away, it shows that NVIDIA's parser and compiler take the graph. The last line says so, or names what they refuse.
-`kernels.json` lists what the compiler made of each graph: the kernels, the types they read and write, the ONNX nodes they hold.
+`kernels.json` lists what the compiler made of each graph for the first: the kernels, the types they read and write, the ONNX nodes they hold.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,17 @@ class Compiled:
 
     @property
     def sentence(self) -> str:
-        return f"parses and compiles with TensorRT-RTX {self.version} for SM{self.sm} in {self.seconds:.1f} s"
+        return sentence(self.version, [self.sm], self.seconds)
+
+
+def sentence(version: str, sms: Sequence[int], seconds: float) -> str:
+    return f"parses and compiles with TensorRT-RTX {version} for {' and '.join(f'SM{sm}' for sm in sms)} in {seconds:.1f} s"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Parses and compiles ONNX files with TensorRT-RTX, ahead of time.")
     parser.add_argument("models", type=Path, nargs="+")
-    parser.add_argument("--sm", type=int, default=86, help="compute capability, 86 for 8.6 (default: %(default)s)")
+    parser.add_argument("--sm", type=int, nargs="+", default=[86], help="compute capabilities, 86 for 8.6 (default: 86)")
     parser.add_argument("--kernels", type=Path, help="write what was compiled to this JSON file")
     options = parser.parse_args(arguments)
     try:
@@ -73,18 +78,18 @@ class RefusedError(Exception):
     """The graph, the SM or this installation is refused; the text is the last line of the log."""
 
 
-def _all(models: list[Path], sm: int, kernels: Path | None) -> str:
-    done: dict[str, Compiled] = {}
+def _all(models: list[Path], sms: list[int], kernels: Path | None) -> str:
+    done: dict[str, list[Compiled]] = {}
     for model in models:
+        content = model.read_bytes()
         try:
-            done[model.name] = compiled(model.read_bytes(), sm)
+            done[model.name] = [compiled(content, sm) for sm in sms]
         except RefusedError as error:
             raise RefusedError(str(error) if len(models) == 1 else f"{model.name}: {error}") from None
     if kernels is not None:
-        kernels.write_text(json.dumps({name: asdict(result) for name, result in done.items()}, indent=1) + "\n", encoding="utf-8")
-    results = list(done.values())
-    total = Compiled(results[0].version, sm, sum(result.seconds for result in results), ())
-    return total.sentence + ("" if len(models) == 1 else f" ({', '.join(done)})")
+        kernels.write_text(json.dumps({name: asdict(results[0]) for name, results in done.items()}, indent=1) + "\n", encoding="utf-8")
+    every = [result for results in done.values() for result in results]
+    return sentence(every[0].version, sms, sum(result.seconds for result in every)) + ("" if len(models) == 1 else f" ({', '.join(done)})")
 
 
 def compiled(model: bytes, sm: int) -> Compiled:

@@ -28,6 +28,8 @@ SCRIPT = "build_engine.py"
 FLOAT_STEPS = 8
 # TensorRT's DLA reads QuantizeLinear from here on; before, int8 on a DLA wants a float graph and a range for each tensor.
 DLA_READS_QUANTISERS = (11, 4)
+# CUDA cores a multiprocessor has: 64 on Volta, 128 on Jetson's other generations, from Maxwell to Blackwell.
+VOLTA, CORES_OF_VOLTA, CORES = 72, 64, 128
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,13 @@ def _dla_engine(graph: QuantGraph, profile: Profile, dialect: Dialect) -> tuple[
 
 
 def _plan(engines: list[Engine], profile: Profile, dialect: Dialect) -> bytes:
+    sm = int(profile.toolchain["sm"])
     return _json(
         {
             "schema": 1,
             "board": profile.board,
-            "sm": int(profile.toolchain["sm"]),
+            "sm": sm,
+            "multiprocessors": int(profile.facts["cuda_cores"]) // (CORES_OF_VOLTA if sm == VOLTA else CORES),
             "dialect": dialect.name,
             "jetpack": dialect.jetpack,
             "since": list(dialect.since),

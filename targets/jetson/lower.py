@@ -179,9 +179,15 @@ class Lowering(OnnxWriter):
             self._with_settings(node, "ReduceMean", {"axes": np.array(axes)}, keep)
 
     def resize(self, node: QuantNode) -> None:
-        sizes = self.constant(f"{node.output}_sizes", np.array(self.graph.tensors[node.output].shape, np.int64))
+        """By whole factors as `scales`: the parser makes output dimensions of `sizes`, and a DLA takes no resize that has them (NvInfer.h)."""
+        before, after = self.graph.tensors[node.inputs[0]].shape, self.graph.tensors[node.output].shape
+        if all(new % old == 0 for old, new in zip(before, after, strict=True)):
+            factors = np.array([new // old for old, new in zip(before, after, strict=True)], np.float32)
+            extent = [self.constant(f"{node.output}_scales", factors)]
+        else:
+            extent = ["", self.constant(f"{node.output}_sizes", np.array(after, np.int64))]
         attributes = {name: value for name, value in node.attributes.items() if name != "sizes"}
-        self._group(node, "Resize", [self.real(node.inputs[0]), "", "", sizes], attributes)
+        self._group(node, "Resize", [self.real(node.inputs[0]), "", *extent], attributes)
 
     def p_relu(self, node: QuantNode) -> None:
         self._group(node, "PRelu", [self.real(node.inputs[0]), self.constant(f"{node.output}_slope", node.constants[1])], {})

@@ -48,6 +48,7 @@ class TreesTarget(Target):
                 simulation.SIDE_FILE: simulation.side_file(form),
                 simulation.CONFIG_FILE: simulation.config_file(part, options["clock_ns"]),
                 simulation.SOURCE_FILE: simulation.source(form.feature_bits, form.score_bits).encode(),
+                simulation.PROJECT_SOURCE_FILE: simulation.PROJECT_SOURCE.encode(),
                 simulation.SYNTHESIS_FILE: simulation.SYNTHESIS.encode(),
             },
             steps=_steps(),

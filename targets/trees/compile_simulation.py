@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from isthmus.targets.trees import simulation
@@ -16,6 +17,11 @@ HEADERS = (("conifer", "backends/cpp/include"), ("nlohmann_json", "include"), ("
 
 
 def main() -> int:
+    return compiled(simulation.SOURCE_FILE, simulation.LIBRARY_FILE, simulation.FLAGS)
+
+
+def compiled(source: str, library: str, flags: Sequence[str]) -> int:
+    """g++ with conifer's, JSON's and AMD's headers; its exit code, 1 where it or a header is missing."""
     compiler = find_tool("g++")
     if not compiler.found:
         sys.stdout.write(f"g++ is not here: {compiler.fix}\n")
@@ -28,7 +34,7 @@ def main() -> int:
             sys.stdout.write(f"{module} is not here, whose headers conifer's C++ needs: pip install 'isthmus[trees]'\n")
             return 1
         folders.append(f"-I{place}")
-    argv = [compiler.path, *simulation.FLAGS, *folders, simulation.SOURCE_FILE, "-o", simulation.LIBRARY_FILE]
+    argv = [compiler.path, *flags, *folders, source, "-o", library]
     return subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=sys.stdout.fileno(), stderr=subprocess.STDOUT, check=False).returncode
 
 

@@ -20,6 +20,24 @@ SYNTHESIS = f"set argv {{csim=0 synth=1 export=1}}\ncd {PROJECT_FOLDER}\nsource 
 SCHEMA = 1
 # conifer's header keeps every comparison in one type, so that its order of additions is the project's.
 FLAGS = ("-std=c++14", "-O1", "-fPIC", "-shared", "-w")
+# The HLS project itself, for `check_project`: one function, and no optimising of code that runs a few hundred times.
+PROJECT_SOURCE_FILE, PROJECT_LIBRARY_FILE = "csim/project.cpp", "csim/libproject.so"
+PROJECT_FLAGS = ("-std=c++14", "-O0", "-fPIC", "-shared", "-w")
+PROJECT_SOURCE = f"""// SPDX-License-Identifier: Apache-2.0
+// conifer's HLS project behind a C function. Features come as integers in doubles; scores leave as integers in doubles.
+#include "../{PROJECT_FOLDER}/firmware/BDT.cpp"
+#include "../{PROJECT_FOLDER}/firmware/{PROJECT_NAME}.cpp"
+
+extern "C" void project_run(const double *features, double *scores) {{
+    input_arr_t x;
+    score_arr_t score;
+    for (int i = 0; i < n_features; i++)
+        x[i] = features[i];
+    {PROJECT_NAME}(x, score);
+    for (int i = 0; i < BDT::fn_classes(n_classes); i++)
+        scores[i] = score[i].to_double();
+}}
+"""
 
 _SOURCE = """// SPDX-License-Identifier: Apache-2.0
 // conifer's C++ backend behind three C functions. Features come as integers in doubles; scores leave as integers in doubles.

@@ -17,20 +17,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from isthmus.bench import raw_feeds
+from isthmus.bench import Rules, raw_feeds
+from isthmus.bench_bundle import bench_bundle, read_measurements
 from isthmus.bundle import Bundle
 from isthmus.errors import IsthmusError
 from isthmus.exposure import expose_onnx
 from isthmus.graph import QuantGraph
 from isthmus.layerwise import _described, _inside
 from isthmus.pipeline import compile as compile_bundle
+from isthmus.pipeline import verify
 from isthmus.profile import load_profile
+from isthmus.run_bundle import run_bundle
 from isthmus.runtimes.__main__ import main
 from isthmus.runtimes.tensorrt import TensorRtSession, open_engine_file, open_session
 from isthmus.runtimes.tensorrt.api import find_module
 from isthmus.runtimes.tensorrt.build import BuildOptions, build_engines
 from isthmus.runtimes.tensorrt.cuda import Cuda
 from isthmus.runtimes.tensorrt.records import planned_engine, read_record
+from isthmus.spec import TensorSpec
 
 MODELS = Path(__file__).parents[1] / "models"
 PROFILE = "jetson-orin-nano"
@@ -225,6 +229,19 @@ def test_bench_keeps_the_faster_engine_that_holds(bundle: Bundle, capsys: pytest
         told = conditions["engines"]
         assert told["int8"]["verdict"]["holds"] and conditions["engine_chosen"] in told
         assert json.loads((bundle.folder(PROFILE) / "chosen.json").read_text())["engine"] == conditions["engine_chosen"]
+
+
+def test_the_commands_of_the_host_take_the_engine(bundle: Bundle, tmp_path: Path) -> None:
+    """`isthmus verify`, `run` and `bench` on the board itself."""
+    comparisons = verify(bundle, [PROFILE])[PROFILE]
+    assert comparisons and all(comparison.passed and comparison.compared for comparison in comparisons)
+    (given,), golden = bundle.artifact(PROFILE)["inputs"], bundle.golden()
+    spec = TensorSpec.from_json(given)
+    np.save(tmp_path / "x.npy", spec.dequantise(golden[f"input/{spec.name}"]))
+    outputs = run_bundle(bundle, PROFILE, [str(tmp_path / "x.npy")])
+    assert {name: len(array) for name, array in outputs.items()} == {key.partition("/")[2]: len(golden[key]) for key in golden if key.startswith("output/")}
+    measured, measurements = bench_bundle(bundle, [PROFILE], Rules(min_count=50, min_duration_s=0.2, percentile=90.0))
+    assert measurements[PROFILE].count >= 50 and read_measurements(measured)[PROFILE].count == measurements[PROFILE].count
 
 
 def test_a_cut_engine_is_refused_by_tensorrt_itself(bundle: Bundle, machine: Machine, tmp_path: Path) -> None:

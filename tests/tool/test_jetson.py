@@ -178,7 +178,9 @@ def test_the_plan_says_what_is_left_for_the_board() -> None:
     check, engine, half = plan.steps
     assert sorted(plan.files) == ["build_engine.py", "engines.json", "model.onnx", "model_float.onnx"]
     assert (plan.artifact, plan.engine, plan.runs_here) == ("model.onnx", "tensorrt", False)
-    assert (check.name, check.tool, check.where, check.optional) == ("check-sm86", "tensorrt_rtx", "host", True)
+    assert (check.name, check.tool, check.where, check.optional) == ("check", "tensorrt_rtx", "host", True)
+    assert check.argv[-5:] == ("--sm", "86", "89", "--kernels", "kernels.json")
+    assert TARGET.plan(graph, PROFILE, {"check_nearest": True}).steps[0].argv[-4:] == ("--sm", "86", "--kernels", "kernels.json")
     assert (engine.tool, engine.where, engine.outputs) == ("tensorrt", "board", ("model.engine",))
     assert engine.argv == ("python3", "build_engine.py", "--engine", "int8")
     assert (half.name, half.argv[-1], half.where, half.outputs) == ("engine-fp16", "fp16", "board", ("model_fp16.engine",))
@@ -204,7 +206,7 @@ def test_tensorrt_rtx_compiles_every_operator(make: Callable[[], QuantGraph], tm
     require("tensorrt_rtx")
     check, engine, _ = execute(planned(make()), tmp_path)
     assert check.status == "done" and check.tool_version
-    assert check.detail.startswith(f"parses and compiles with TensorRT-RTX {check.tool_version} for SM86 in ")
+    assert check.detail.startswith(f"parses and compiles with TensorRT-RTX {check.tool_version} for SM86 and SM89 in ")
     assert (engine.status, engine.detail) == ("planned", "runs on the board")
     assert not (tmp_path / "model.engine").exists()
     assert set(json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))) == {"model.onnx", "model_float.onnx"}
@@ -266,7 +268,7 @@ def test_tensorrt_rtx_compiles_every_float_island(board: str, tmp_path: Path, re
     require("tensorrt_rtx")
     graph, profile = every_island(FormWriter()), load_profile(board)
     assert TARGET.check(graph, profile) == []
-    assert execute(TARGET.plan(graph, profile, {}), tmp_path)[0].detail.startswith("parses and compiles")
+    assert execute(TARGET.plan(graph, profile, {"check_nearest": True}), tmp_path)[0].detail.startswith("parses and compiles")
 
 
 def check_with_rtx(folder: Path, model: str, *more: str) -> tuple[int, str]:
@@ -298,9 +300,7 @@ def test_the_check_refuses_other_files_in_one_line(tmp_path: Path, require: Requ
 def test_a_refused_graph_ends_the_compile(tmp_path: Path, require: Require) -> None:
     require("tensorrt_rtx")
     plan = planned(one((1, 2, 9, 9), lambda w, x: w.max_pool(x, (3, 3), (1, 1), dilations=(2, 2), name="pool")))  # `check` was passed over
-    with pytest.raises(
-        IsthmusError, match=r"(?s)step check-sm86 .* ended with code 1:.*model.onnx: TensorRT-RTX .* refuses node 'pool' \(MaxPool\): .*dilations"
-    ):
+    with pytest.raises(IsthmusError, match=r"(?s)step check .* ended with code 1:.*model.onnx: TensorRT-RTX .* refuses node 'pool' \(MaxPool\): .*dilations"):
         execute(plan, tmp_path)
 
 
@@ -312,7 +312,7 @@ import __main__
 import tensorrt_rtx
 from tensorrt_rtx import *
 
-__main__.gpu_here = lambda: {{"name": "stand-in", "sm": __main__._plan()["sm"], "multiprocessors": 8}}
+__main__.gpu_here = lambda: {{"name": "stand-in", **{{fact: __main__._plan()[fact] for fact in ("sm", "multiprocessors")}}}}
 
 __version__ = {version!r}
 

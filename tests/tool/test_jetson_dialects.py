@@ -165,8 +165,10 @@ def test_the_float_graph_is_the_form_dequantised(name: str, dialect: Dialect) ->
     graph = QuantGraph.load(MODELS / f"{name}.onnx")
     model = float_onnx_from_graph(graph, dialect)
     assert_near(graph, model)
-    types = {tensor.data_type for tensor in onnx.load_from_string(model).graph.initializer} - {onnx.TensorProto.INT64}
-    assert types <= {onnx.TensorProto.FLOAT16 if dialect.strongly_typed else onnx.TensorProto.FLOAT}
+    constants = [tensor for tensor in onnx.load_from_string(model).graph.initializer if not tensor.name.endswith("_scales")]  # of Resize: float32 in ONNX
+    assert {tensor.data_type for tensor in constants} - {onnx.TensorProto.INT64} <= {
+        onnx.TensorProto.FLOAT16 if dialect.strongly_typed else onnx.TensorProto.FLOAT
+    }
 
 
 def test_no_fp16_engine_where_half_precision_cannot_hold_a_tensor() -> None:
@@ -182,7 +184,7 @@ def test_no_fp16_engine_where_half_precision_cannot_hold_a_tensor() -> None:
 @pytest.mark.parametrize("board", ["jetson-nano", "jetson-xavier-nx", "jetson-thor"])
 def test_tensorrt_rtx_compiles_each_dialect(board: str, tmp_path: Path, require: Require) -> None:
     require("tensorrt_rtx")
-    assert execute(planned(board), tmp_path)[0].detail.startswith("parses and compiles with TensorRT-RTX")
+    assert execute(planned(board, check_nearest=True), tmp_path)[0].detail.startswith("parses and compiles with TensorRT-RTX")
 
 
 # ---- half precision where the form is float
@@ -226,5 +228,6 @@ def test_the_dla_gets_an_engine_of_its_own() -> None:
     named = {name for node in model.graph.node for name in node.output} | {value.name for value in model.graph.input}
     assert set(ranges) <= named and all(value > 0 for value in ranges.values())
     assert {tensor.data_type for tensor in model.graph.initializer} <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
-    assert plan.notes[-1] == "option dla: the DLA's limits take 5 of 6 layers; on the GPU: flatten (Flatten: the DLA has no such layer)", plan.notes[-1]
+    assert plan.notes[-1].startswith("option dla: the DLA's limits take 4 of 6 layers; on the GPU: globalaveragepool (GlobalAveragePool: "), plan.notes[-1]
+    assert plan.notes[-1].endswith(", flatten (Flatten: the DLA has no such layer)")
     assert planned("jetson-orin-nano", dla=True).notes[-1].endswith("has no DLA, every layer runs on the GPU")

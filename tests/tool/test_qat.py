@@ -191,7 +191,7 @@ def test_the_whole_way_on_digits() -> None:
 
     def train_further(quantised_module: nn.Module) -> None:
         result = fit(quantised_module, split, replace(system.train, epochs=recipe.qat_epochs, learning_rate=recipe.qat_learning_rate))
-        validation.extend([result.epochs[0].validation_accuracy, result.best.validation_accuracy])
+        validation.extend([result.epochs[0].validation_score, result.best.validation_score])
 
     result = qat.quantise(module, example, split.x_train, recipe, train_further)
     graph = graph_from_qdq(qat.to_qcdq(result, example), recipe)

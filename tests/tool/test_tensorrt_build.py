@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,13 +21,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.main import get_command
 
+from isthmus.bench_bundle import bench_bundle
 from isthmus.bundle import Bundle
+from isthmus.cli import app
 from isthmus.errors import IsthmusError
 from isthmus.exposure import expose_onnx
 from isthmus.graph import QuantGraph
 from isthmus.pipeline import compile as compile_bundle
+from isthmus.pipeline import verify
 from isthmus.profile import load_profile
+from isthmus.run_bundle import run_bundle
 from isthmus.runtimes.__main__ import main
 from isthmus.runtimes.tensorrt import open_session, records
 from isthmus.runtimes.tensorrt.build import BuildOptions, build_engines
@@ -194,6 +200,34 @@ def test_a_machine_without_a_driver_is_told_to_build_on_the_board(folder: Path) 
     assert done.returncode == 1
 
 
+OLD_DRIVER = """
+from tensorrt_rtx import *
+
+__version__ = "10.3.0"
+
+
+def Builder(log):  # what TensorRT does where CUDA does not start: a warning, and pybind11's error
+    log.log(ILogger.WARNING, "CUDA initialization failure with error{colon} {number}. Please check your CUDA installation: https://docs.nvidia.com")
+    raise TypeError("pybind11::init(): factory function returned nullptr")
+
+
+import __main__
+__main__.gpu_here = lambda: {{"name": "Orin", "sm": 87, "multiprocessors": 8}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("colon", "number", "reason"),
+    [(":", 35, "the GPU's driver is too old for it: update JetPack"), ("", 2, "CUDA initialization failure with error 2. Please check your CUDA installation")],
+)
+def test_a_tensorrt_whose_cuda_does_not_start_says_why(folder: Path, require: Require, colon: str, number: int, reason: str) -> None:
+    require("tensorrt_rtx")
+    (folder / "tensorrt.py").write_text(OLD_DRIVER.format(colon=colon, number=number))
+    done = build(folder)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"build_engine: TensorRT 10.3.0 gives no builder: {reason}")
+
+
 def test_a_plan_for_another_board_is_refused() -> None:
     script = load_script()
     plan = {"board": "NVIDIA Jetson Orin Nano 8GB", "sm": 87}
@@ -202,6 +236,18 @@ def test_a_plan_for_another_board_is_refused() -> None:
         script["BuildError"], match=r"for NVIDIA Jetson Orin Nano 8GB \(SM 87\), this GPU is Xavier \(SM 72\): compile .* or pass --other-board"
     ):
         script["_check_board"](plan, {"name": "Xavier", "sm": 72, "multiprocessors": 8})
+    with pytest.raises(
+        script["BuildError"], match=r"for NVIDIA Jetson Orin Nano 8GB with 8 multiprocessors, this GPU has 16: compile .* or pass --other-board"
+    ):
+        script["_check_board"]({**plan, "multiprocessors": 8}, {"name": "Orin", "sm": 87, "multiprocessors": 16})
+
+
+@pytest.mark.parametrize(
+    ("board", "count"), [("jetson-nano", 1), ("jetson-agx-xavier", 8), ("jetson-xavier-nx", 6), ("jetson-orin-nano-4gb", 4), ("jetson-thor", 20)]
+)
+def test_the_plan_names_its_boards_multiprocessors(board: str, count: int) -> None:
+    plan = TARGET.plan(QuantGraph.load(MODELS / "relu.onnx"), load_profile(board), {}).files["engines.json"]
+    assert json.loads(plan)["multiprocessors"] == count
 
 
 def test_a_damaged_timing_cache_is_left_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,6 +261,38 @@ def test_a_damaged_timing_cache_is_left_aside(tmp_path: Path, capsys: pytest.Cap
     cache.write_bytes(b"measured ker")
     assert script["whole_timing_cache"](str(cache)) == b""
     assert capsys.readouterr().err == f"build_engine: {cache} is damaged (its sha256 differs): kernels are measured anew\n"
+
+
+class Config:
+    """What TensorRT's builder says of a cache of another GPU or version: none of `create_timing_cache`, or False of `set_timing_cache`. TensorRT-RTX, whose
+    caches do nothing, says neither. Names and arguments are held against TensorRT's in test_tensorrt_api.py."""
+
+    def __init__(self, takes: tuple[bytes, ...], makes: tuple[bytes, ...]) -> None:
+        self.takes, self.makes, self.kept = takes, makes, b"none"
+
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> bytes | None:
+        return serialized_timing_cache if serialized_timing_cache in self.makes else None
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        self.kept = cache if cache in self.takes else self.kept
+        return cache in self.takes
+
+
+@pytest.mark.parametrize(
+    ("config", "kept", "told"),
+    [
+        (Config((b"", b"cache"), (b"", b"cache")), b"cache", False),
+        (Config((b"",), (b"", b"cache")), b"", True),
+        (Config((b"",), (b"",)), b"", True),
+    ],
+    ids=["own", "of another GPU", "unreadable"],
+)
+def test_a_timing_cache_of_another_gpu_is_left_aside(config: Config, kept: bytes, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "timing.cache").write_bytes(b"cache")
+    load_script()["_use_timing_cache"](config, str(tmp_path / "timing.cache"))
+    assert config.kept == kept
+    assert capsys.readouterr().err.endswith("timing.cache is of another GPU or TensorRT: kernels are measured anew\n") == told
 
 
 def engine(**changes: object) -> dict:
@@ -275,6 +353,31 @@ def test_the_subcommand_builds_every_engine_seals_it_and_leaves_the_manifest_alo
     assert main(["verify", str(bundle.root), "-t", "jetson-orin-nano"]) in (0, 2)  # 2: no GPU here
     told = capsys.readouterr()
     assert told.out or told.err.startswith(("isthmus: CUDA", "isthmus: libcuda", f"isthmus: {folder / 'model.engine'}"))
+
+
+def without_gpu(told: str) -> bool:
+    return "CUDA's driver cannot be loaded" in told or "CUDA finds no GPU" in told or "does not start" in told
+
+
+def test_the_commands_of_the_host_take_the_engine_that_was_built_here(bundle: Bundle, tmp_path: Path) -> None:
+    """On the board itself: what was built is measured, compared and run by `isthmus` too. Here each gets as far as the GPU that is not there."""
+    board = "jetson-orin-nano"
+    assert bundle.why_not_here(board) == "needs the board"
+    assert verify(bundle)[board] == []
+    with pytest.raises(IsthmusError, match=f"^{board}: needs the board; its latency is not to be had on this machine$"):
+        bench_bundle(bundle, [board])
+    build_engines(bundle, board, BuildOptions(rtx=86))
+    why = bundle.why_not_here(board)
+    if not why:
+        pytest.skip("a GPU is here that runs the engine: tests/device")
+    assert without_gpu(why) or "was built for" in why
+    for call in (lambda: bench_bundle(bundle, [board]), lambda: verify(bundle, [board]), lambda: run_bundle(bundle, board, ["x.npy"])):
+        with pytest.raises(IsthmusError, match=re.escape(why)):
+            call()
+    assert verify(bundle)[board] == [], "not named: the other artifacts are compared, and this one needs its board"
+    (bundle.folder(board) / "model.engine").write_bytes(b"short")
+    with pytest.raises(IsthmusError, match=r"jetson-orin-nano: .*model.engine: 5 bytes, .*: it is cut short; build it again"):
+        verify(bundle, [board])
 
 
 def test_an_engine_that_somebody_else_put_there_is_built_anew(bundle: Bundle) -> None:
@@ -453,3 +556,15 @@ def test_the_documents_name_subcommands_and_options_that_exist(capsys: pytest.Ca
     options = set(re.findall(r"`[^`\n]*?(--[a-z][a-z-]+)", text)) - {"--target", "--host", "--set", "--runtime", "--ignore-requires-python"}
     assert {"--rebuild", "--workspace-mib", "--wait", "--other-board", "--rtx", "--trust-bundle", "--scenario"} <= options
     assert [option for option in options if option not in helped + script] == []
+
+
+@pytest.mark.parametrize("document", ["jetson.md", "prediction.md"])
+def test_every_line_of_isthmus_in_the_documents_has_options_that_exist(document: str) -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]  # a group, as it has several commands
+    text = (Path(__file__).parents[2] / "docs" / document).read_text(encoding="utf-8")
+    lines = re.findall(r"^isthmus (.+)$|`isthmus ([^`]+)`", text, re.MULTILINE)
+    for line in [fenced or inline for fenced, inline in lines]:
+        word, *options = [part for part in shlex.split(line, comments=True) if part.startswith("-") or part in commands]
+        known = {option for parameter in commands[word].params for option in parameter.opts}
+        assert set(options) <= known, line
+    assert len(lines) >= 3

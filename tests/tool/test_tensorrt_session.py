@@ -102,6 +102,18 @@ def test_what_tensorrt_writes_becomes_one_sentence(errors: list[str], sentence: 
         raise IsthmusError(refusal(trt, errors, "my.engine"))
 
 
+def test_a_runtime_that_is_not_given_is_named() -> None:
+    """TensorRT's own runtime is none where CUDA does not start, of which pybind11 makes a TypeError; what it wrote says why."""
+    log = type("Log", (), {"errors": ["CUDA initialization failure with error: 35. Please check your CUDA installation"]})()
+
+    def given(log: object) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    trt = type("tensorrt", (), {"__version__": "10.3.0", "Runtime": staticmethod(given)})
+    with pytest.raises(IsthmusError, match=r"my.engine: TensorRT 10.3.0 does not open it: the GPU's driver is too old for it"):
+        open_engine(trt, log, b"", "my.engine")
+
+
 def test_a_module_that_is_not_here_names_what_brings_it() -> None:
     with pytest.raises(IsthmusError, match="no TensorRT is called 'tensorflow': there are tensorrt, tensorrt_rtx"):
         find_module("tensorflow")

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +76,33 @@ def test_the_command_line_takes_a_file(xgboost_says: dict[str, np.ndarray], tmp_
     assert (cost.macs, cost.parameters > 20) == (0, True)
 
 
+def test_a_factory_may_give_a_tree_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from isthmus.cli import app
+
+    code = """import numpy as np
+from sklearn.tree import DecisionTreeClassifier
+X = np.arange(40, dtype=np.float32).reshape(20, 2)
+
+def make():
+    open("calls", "a").write("x")
+    return DecisionTreeClassifier(max_depth=3, random_state=0).fit(X, X[:, 0] > 17)
+
+def three():
+    return 1, 2, 3
+"""
+    (tmp_path / "trees_of_a_test.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    np.save("samples.npy", np.arange(40, dtype=np.float32).reshape(20, 2))
+    done = CliRunner().invoke(app, ["compile", "trees_of_a_test:make", "-t", "cpu", "--data", "samples.npy", "-o", "bundle"])
+    assert done.exit_code == 0, done.output
+    assert Path("calls").read_text() == "x"  # a factory may train: once is enough
+    bundle = Bundle.open(Path("bundle"))
+    assert (bundle.manifest["name"], bundle.manifest["graph"]["kind"]) == ("trees_of_a_test:make", "trees")
+    assert decisions(bundle, "cpu", np.array([[3.0, 4.0], [30.0, 31.0]], np.float32)).tolist() == [0, 1]
+    with pytest.raises(IsthmusError, match=r"returned 3 values, expected the model alone or \(module, example_inputs\)"):
+        pipeline.compile("trees_of_a_test:three", data="samples.npy", output="other")
+
+
 def test_a_form_is_compiled_again_without_data(xgboost_says: dict[str, np.ndarray], tmp_path: Path) -> None:
     first = pipeline.compile(MODELS / "binary.json", data=xgboost_says["x"], output=tmp_path / "one")
     again = pipeline.compile(first.model, targets=["jetson-orin-nano"], output=tmp_path / "two")
@@ -96,6 +125,8 @@ def test_conifers_cpp_equals_the_reference_and_the_library(require: Callable[[st
     for file in folder.rglob("*.json"):
         assert str(tmp_path) not in file.read_text()
     assert [step["name"] for step in entry["planned"]] == ["synthesis"]
+    checked = subprocess.run([sys.executable, "-m", "isthmus.targets.trees.check_project", "60"], cwd=folder, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0 and "0 of 60 samples differ between the HLS project and conifer's C++ backend" in checked.stdout, checked.stdout
     (folder / "features.json").write_text("{}")
     with pytest.raises(IsthmusError, match=r"features\.json"):
         bundle.open_session("pynq-z2")

@@ -23,6 +23,7 @@ TOP = {
     "report",
     "source",
     "zoo_source",
+    "zoo_table",
     "cost_model",
     "estimates",
     "lint_bundle",
@@ -34,6 +35,7 @@ TOP = {
     "run_bundle",
     "layerwise",
     "candidates",
+    "bundle_candidates",
     "report_bundle",
     "artifact",
     "tuning",
@@ -55,7 +57,7 @@ DEVICE = {
 ONNX = {"onnx", "onnx_ir", "google"}  # google.protobuf is what onnx stands on
 # Libraries beside numpy, by folder; a target or an engine brings its own (OWN).
 LIBRARIES = {
-    "train": {"torch", "sklearn", "PIL"},
+    "train": {"torch", "sklearn", "torchmetrics", "pycocotools", "PIL"},
     "quantize": {"torch", "brevitas", "onnxruntime", *ONNX},
     "export": {"torch", "brevitas", "onnxscript", "onnxruntime", *ONNX},
     "targets": ONNX,

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from isthmus.errors import IsthmusError
 from isthmus.export.module import onnx_from_module
 from isthmus.train import zoo
-from isthmus.train.zoo.pinn_denoise import SIZE_MULTIPLE, SYSTEM, Config, Nested, NestedConfig, build
+from isthmus.train.zoo.pinn_denoise import SIZE_MULTIPLE, SYSTEM, Config, Nested, NestedConfig, UNetConfig, build, margin, size_multiple
 
 DATA_DEPENDENT = {"Shape", "Slice", "Gather", "Loop", "If"}  # shapes are known: none of these is left
 
@@ -53,7 +53,7 @@ def counted(config: Config) -> tuple[int, int]:
         (preset("resu2net", side_kernel=3, add_skips=False), 1_130_029, 12.568),  # U2Net-p
         (preset("resu2net"), 1_126_957, 12.524),
         (preset("resu2net-full"), 43_996_429, 37.378),
-        (preset("unet-ci", image_size=256), 134_825, 0.779),
+        (preset("unet", widths=(8, 16, 32, 64)), 134_825, 0.779),
         (preset("unet-edge"), 536_913, 3.106),
         (preset("resu2net-edge"), 141_133, 1.170),
         (preset("fpga"), 1_361, 0.000705),
@@ -137,3 +137,33 @@ def test_the_exported_graph_computes_the_same_and_holds_no_shapes(make: Callable
 def test_presets_are_named_where_one_is_unknown() -> None:
     with pytest.raises(IsthmusError, match=r"unknown preset of pinn_denoise 'resu2nett': did you mean resu2net"):
         zoo.load("pinn_denoise").configuration("resu2nett")
+
+
+# ---- how far it sees
+SIGHTS = [
+    UNetConfig(widths=(2, 2), upsampling="nearest", norm=False, convolutions=1),
+    UNetConfig(widths=(2, 2, 2)),
+    UNetConfig(widths=(2, 2, 2), residual_blocks=True, upsampling="transposed", convolutions=1),  # which has two all the same
+]
+
+
+@pytest.mark.parametrize("config", SIGHTS, ids=["mini-unet", "unet", "resunet"])
+def test_an_output_pixel_sees_its_margin_and_not_a_pixel_more(config: UNetConfig) -> None:
+    module = build(config).double().eval()
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, 0.5)  # above 0, so that nothing cancels and a bright pixel wins every pool
+    dark = torch.zeros(1, 1, 64, 64, dtype=torch.float64)
+    distances = set()
+    with torch.no_grad():
+        without = module(dark)
+        for pixel in range(32, 32 + size_multiple(config)):
+            lit = dark.clone()
+            lit[..., pixel, pixel] = 1e6
+            rows = (module(lit) != without)[0, 0].any(1).nonzero()[:, 0]
+            distances |= {pixel - int(rows[0]), int(rows[-1]) - pixel}
+    assert max(distances) == margin(config)
+
+
+def test_margins_of_the_presets() -> None:
+    expected = {"unet": 58, "unet-transposed": 51, "resunet": 51, "unet-edge": 58, "unet-small-zg": 17, "resunet-small-zg": 23, "ci": 17, "fpga": 7}
+    assert {name: margin(SYSTEM.configuration(name)) for name in expected} == expected

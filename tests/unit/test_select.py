@@ -211,9 +211,21 @@ def test_enumerations_of_the_search_space() -> None:
     assert all(len(members) >= 2 for members in path) and ("A", "B3") in path and ("B1", "B2") not in path
     assert len(hybrid_ensembles(["C2", "D2"], ["MobileNetV2", "MobileNetV3"])) == 9
     assert len(subsets(["a", "b", "c"], 2)) == 4
-    assert (23 + 8 + 8, 16 + 7 + 5, 15 + 3 + 7) == (39, 28, 25)  # with groups whose rule the paper does not give
     with pytest.raises(IsthmusError, match="17 members have too many subsets"):
         subsets([str(number) for number in range(17)])
+
+
+@pytest.mark.parametrize("dataset", PRINTED)
+def test_candidates_by_the_best_and_by_the_smallest(dataset: str) -> None:
+    """DNNs: pairs and the triple of the three smallest, and of the three best. Hybrids: parts of the two best CNNs with parts of the two best DNNs."""
+    singles = [row for row in read_table(papers.TABLE).datasets[dataset] if row.is_single]
+    best = {kind: sorted((s for s in singles if s.kind == kind), key=lambda s: -s.metrics["wS"]) for kind in ("CNN", "DNN")}
+    smallest = sorted(best["DNN"], key=lambda s: s.costs["size_mb"])[:3]
+    assert {row.name for row in smallest} == {"MobileNetV2", "MobileNetV3", "EfficientNetB0"}
+    ensembles = {members for group in (smallest, best["DNN"][:3]) for members in subsets(sorted(row.name for row in group), 2)}
+    assert len(ensembles) == 8
+    hybrids = hybrid_ensembles(*([row.name for row in best[kind][:2]] for kind in ("CNN", "DNN")))
+    assert len(hybrids) == len(set(hybrids)) == 9 and all(len(members) >= 2 for members in hybrids)
 
 
 def test_costs_of_an_ensemble() -> None:
@@ -316,7 +328,16 @@ GOOD = [candidate("a", 0.8, [20, 300, 9]), candidate("b", 0.7, [10, 100, 5])]
         (GOOD, {"costs": ("energy",)}, "candidate 'a' has no cost 'energy': it has size_mb, flops_m, time_s"),
         (GOOD, {"performance": "F1"}, "candidate 'a' has no metric 'F1': it has wS, wP, BA, AUC"),
         (GOOD, {"budget": {"int8_mb": 8.5}}, "candidate 'a' has no cost 'int8_mb'"),
-        (GOOD, {"budget": {"size_mb": 3.0}}, r"no candidate fits the budget \(size_mb <= 3\): the smallest that passed the fronts have size_mb 10"),
+        (
+            GOOD,
+            {"budget": {"size_mb": 3.0}},
+            r"no candidate fits the budget \(size_mb <= 3\): the smallest that passed the fronts have size_mb 10; raise it, or add",
+        ),
+        (
+            [candidate("a", 0.8, [9, 9, 9]), candidate("b", 0.8, [2, 20, 20])],
+            {"costs": ("flops_m", "time_s"), "budget": {"size_mb": 5.0}},
+            r"the smallest that passed the fronts have size_mb 9; b would fit and did not pass: raise it, or choose fewer --costs",
+        ),
         ([candidate("a", 87.1, [20, 300, 9])], {}, "metric 'wS' reaches 87.1, and a corner of the radar is a share"),
         ([candidate("a", 0.8, [0.2, 300, 9])], {}, "cost 'size_mb' has the mean 0.2, and the weighted radar divides by it.*--unweighted"),
         (GOOD, {"metrics": ("wS",), "costs": ("size_mb",)}, "a radar of 2 corners has no area"),

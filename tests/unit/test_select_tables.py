@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables that nobody vouches for, bundles as candidates, the page, and the command `isthmus select`."""
+"""Tables that nobody vouches for, the page, and the command `isthmus select`."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from isthmus import cli, pipeline
-from isthmus.candidates import MAX_ROWS, MAX_TABLE_BYTES, candidates_of, read_table, table_of_bundles
+from isthmus import cli
+from isthmus.candidates import MAX_ROWS, MAX_TABLE_BYTES, candidates_of, read_table
 from isthmus.errors import IsthmusError
 from isthmus.report.selection import render_selection
 from isthmus.select import select
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "benchmarks" / "data" / "medmnist_ensembles.csv"
-NETWORK = ROOT / "tests" / "models" / "network.onnx"
 CSV = "name,kind,wS,wP,BA,AUC,size_mb,flops_m,time_s\na,CNN,0.9,0.9,0.9,0.9,9,300,9\nb,CNN,0.8,0.8,0.8,0.8,3,100,4\n"
 
 
@@ -135,33 +133,6 @@ def test_any_bytes_are_a_table_or_a_sentence(tmp_path_factory: pytest.TempPathFa
             assert all(row.name and np.isfinite([*row.metrics.values(), *row.costs.values()]).all() for rows in table.datasets.values() for row in rows)
 
 
-# ---- bundles
-def test_bundles_as_candidates(tmp_path: Path, require: Callable[[str], str]) -> None:
-    for tool in ("onnxruntime", "litert"):
-        require(tool)
-    generator = np.random.default_rng(0)
-    data = tmp_path / "data.npz"
-    np.savez(data, x=generator.uniform(-4, 4, (40, 1, 8, 8)).astype(np.float32), y=generator.integers(0, 3, 40))
-    bundle = pipeline.compile(NETWORK, targets=["cpu", "rpi5", "null"], data=data, tune=False, output=tmp_path / "one")
-    table = table_of_bundles([bundle.root])
-    assert (table.metrics, table.costs) == (("top1",), ("int8_mb", "macs_m"))
-    rows = {row.name: row for row in table.datasets[""]}
-    assert set(rows) == {"one:cpu", "one:rpi5"}
-    for profile in ("cpu", "rpi5"):
-        size = (bundle.folder(profile) / bundle.artifact(profile)["artifact"]).stat().st_size
-        assert rows[f"one:{profile}"].costs["int8_mb"] == size / 2**20 and rows[f"one:{profile}"].metrics["top1"] == bundle.artifact(profile)["accuracy"]
-    result = invoked([str(bundle.root), "--unweighted", "--budget", "int8_mb=1", "--json"])
-    assert json.loads(result)[""]["choice"] in rows
-    assert candidates_of(table.datasets[""], False) == list(table.datasets[""])
-
-
-def test_a_bundle_without_accuracy_cannot_be_chosen(tmp_path: Path, require: Callable[[str], str]) -> None:
-    require("onnxruntime")
-    bundle = pipeline.compile(NETWORK, targets=["cpu"], tune=False, output=tmp_path / "one")
-    with pytest.raises(IsthmusError, match=r"artifact 'cpu' has no accuracy: compile it with labelled samples \(--data\)"):
-        table_of_bundles([bundle.root])
-
-
 # ---- the command
 def invoked(arguments: list[str]) -> str:
     result = CliRunner().invoke(cli.app, ["select", *arguments])
@@ -185,6 +156,11 @@ def test_the_command_gives_the_papers_choice() -> None:
     assert "as good within the tables' rounding: EffB0_Dense121_C4" in invoked([str(PAPER)])
 
 
+def test_a_table_by_its_ending_in_capitals(tmp_path: Path) -> None:
+    rows = [{"name": "a", "wS": 0.9, "wP": 0.9, "BA": 0.9, "AUC": 0.9, "size_mb": 9, "flops_m": 300, "time_s": 9}]
+    assert "choice: a" in invoked([str(write(tmp_path, CSV, ".CSV"))]) and "choice: a" in invoked([str(write(tmp_path, json.dumps(rows), ".JSON"))])
+
+
 def test_the_command_can_correct_sums_and_add_singles() -> None:
     corrected = json.loads(invoked([str(PAPER), "--budget", "size_mb=34", "--complexity", "parallel", "--json"]))
     assert set(corrected["OrganA"]["kinds"]["CNN"]["q"]) == {"C3_D3", "B3_C4"} and corrected["OrganA"]["within"]["best"]["CNN"] == "B3_C4"
@@ -204,7 +180,11 @@ def test_the_command_can_correct_sums_and_add_singles() -> None:
         (["--complexity", "both"], "--complexity 'both': expected table, parallel, serial"),
         (["--performance", "F2"], "has no metric 'F2'"),
         (["--costs", "energy"], "has no cost 'energy'"),
-        (["--budget", "size_mb=1"], r"no candidate fits the budget \(size_mb <= 1\)"),
+        (["--budget", "size_mb=1"], r"Path: no candidate fits the budget \(size_mb <= 1\)"),
+        (["--budget", "size_mb=34", "--budget", "size_mb=20"], r"--budget 'size_mb=20': size_mb has a limit already \(34\)"),
+        (["--metrics", "wS,BA,wS"], "--metrics 'wS,BA,wS': wS stands there twice"),
+        (["--costs", "size_mb,size_mb"], "--costs 'size_mb,size_mb': size_mb stands there twice"),
+        (["--ensembles", "2"], r"--ensembles makes ensembles of bundles; .*\.csv names its own in the column 'members'"),
         (["other.csv"], "give one table, or bundles, not both"),
     ],
 )

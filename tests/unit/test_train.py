@@ -48,7 +48,7 @@ def test_digits_pixels_lie_on_the_grid_of_every_scale_from_a_16th_to_a_64th() ->
     ("change", "message"),
     [
         ({"x_val": np.zeros((2, 1, 8, 8))}, r"part val: samples are float64 .* expected float32"),
-        ({"y_test": np.zeros(3, np.int64)}, r"part test: 360 samples and labels of shape \(3,\)"),
+        ({"y_test": np.zeros(3, np.int64)}, r"part test: 360 samples and targets of shape \(3,\)"),
         ({"x_test": np.zeros((360, 1, 9, 8), np.float32)}, r"part test: a sample has shape \(1, 9, 8\), in the training part \(1, 8, 8\)"),
         ({"x_val": np.full((359, 1, 8, 8), np.nan, np.float32)}, r"part val: sample 0 holds NaN"),
         ({"classes": ("0", "1")}, r"part train: labels run from 0 to 9, expected 0 to 1"),
@@ -131,7 +131,7 @@ def test_training_is_repeatable_learns_and_reports() -> None:
     np.testing.assert_array_equal(predict(first, split.x_test), predict(second, split.x_test))
     assert result.steps == 4 * 7 == len(seen) and seen == sorted(seen) and seen[-1] == 1
     assert [epoch.number for epoch in result.epochs] == [0, 1, 2, 3, 4]
-    assert result.best.validation_accuracy > result.epochs[0].validation_accuracy
+    assert result.best.validation_score > result.epochs[0].validation_score
     assert not first.training
 
 

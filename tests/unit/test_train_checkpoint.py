@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from isthmus.errors import IsthmusError
-from isthmus.train.checkpoint import Checkpoint
+from isthmus.train.checkpoint import Checkpoint, read_checkpoint
 from isthmus.train.data import Split
 from isthmus.train.loop import TrainConfig, TrainResult, fit, predict
 
@@ -95,6 +95,13 @@ def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
     seen: list[float] = []
     fit(again, split(), CONFIG, lambda text, share: seen.append(share), checkpoint=checkpoint)
     assert seen == [] and same(first, again)
+
+
+def test_a_network_that_is_not_trained_has_a_checkpoint_too(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "checkpoint.pt", "quarters")
+    fit(network(), split(), replace(CONFIG, epochs=0), checkpoint=checkpoint)
+    kept = read_checkpoint(checkpoint.file)[1]
+    assert len(kept.epochs) == 1 and all(torch.equal(tensor, kept.best[name]) for name, tensor in network().state_dict().items())
 
 
 TRAINING = """
@@ -180,7 +187,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: bytes | str, monk
         fit(network(), split(), replace(CONFIG, epochs=1), checkpoint=checkpoint)
         checkpoint.file.write_bytes(checkpoint.file.read_bytes()[:-200])
     elif content == "hostile in a checkpoint":
-        torch.save({"schema": 1, "epochs": Hostile()}, checkpoint.file)
+        torch.save({"schema": 2, "epochs": Hostile()}, checkpoint.file)
     else:
         assert isinstance(content, bytes)
         checkpoint.file.write_bytes(content)
@@ -191,8 +198,8 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: bytes | str, monk
 
 def test_a_checkpoint_of_another_schema(tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.pt"
-    torch.save({"schema": 2}, file)
-    with pytest.raises(IsthmusError, match=r"checkpoint.pt: is no checkpoint of schema 1; delete it to train anew, or give another file"):
+    torch.save({"schema": 1}, file)
+    with pytest.raises(IsthmusError, match=r"checkpoint.pt: is no checkpoint of schema 2; delete it to train anew, or give another file"):
         fit(network(), split(), CONFIG, checkpoint=Checkpoint(file, "quarters"))
 
 

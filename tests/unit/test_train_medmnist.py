@@ -12,15 +12,22 @@ import pytest
 import torch
 
 import isthmus
+from isthmus import reference
 from isthmus.compare import top1_accuracy
+from isthmus.dataset import Dataset
 from isthmus.errors import IsthmusError
-from isthmus.train.data import Split
+from isthmus.export.module import onnx_from_module
+from isthmus.export.prepare import prepare_float
+from isthmus.post_training import PostTraining
+from isthmus.recipe import load_recipe
+from isthmus.train.data import Split, stand_in
 from isthmus.train.ensemble import mean_probabilities, probabilities, references
-from isthmus.train.loop import TrainConfig, fit, predict
+from isthmus.train.loop import TrainConfig, TrainResult, fit, predict
 from isthmus.train.metrics import classification_metrics
 from isthmus.train.system import train_system
 from isthmus.train.zoo import ZooSystem, medmnist, medmnist_dnn, mobilenet_small
 
+REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
 REAL = medmnist.SYSTEM  # tests put a smaller system in its place
 
 
@@ -39,13 +46,27 @@ def small(preset: str) -> ZooSystem:
     return replace(
         REAL,
         presets={preset: REAL.presets[preset]},
-        load_data=lambda config, seed, root: fewer(organs(config.input_channels), 300),
+        load_data=lambda config, seed, root: fewer(organs(config.input_channels), 150),
         train=TrainConfig(epochs=2, learning_rate=1e-2),
         train_presets={},
     )
 
 
+@functools.cache
+def trained() -> tuple[torch.nn.Module, TrainResult]:
+    """C2 at a quarter of its filters, four epochs on a part of the stand-in."""
+    module = REAL.network("organa-c2-quarter")
+    return module, fit(module, fewer(organs(1), 1000), replace(REAL.training(0, "organa-c2-quarter"), epochs=4))
+
+
+@pytest.fixture
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins of a few images, where only their shapes count."""
+    monkeypatch.setattr(stand_in, "SIZES", dict.fromkeys(stand_in.SIZES, 20))
+
+
 # ---- the zoo's form
+@pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("system", [medmnist.SYSTEM, medmnist_dnn.SYSTEM, mobilenet_small.SYSTEM], ids=lambda system: system.name)
 def test_every_preset_has_data_of_the_shape_its_network_takes(system: ZooSystem) -> None:
     seen: set[tuple[str, int, int]] = set()
@@ -94,17 +115,28 @@ TABLE_3 = {
 }
 
 
+def untrained_dnn(preset: str) -> medmnist_dnn.ReferenceDnn:
+    """Without memory: shapes and counts need no weights."""
+    with torch.device("meta"):
+        return medmnist_dnn.ReferenceDnn(medmnist_dnn.SYSTEM.configuration(preset)).eval()
+
+
 @pytest.mark.parametrize(("preset", "published"), TABLE_3.items())
 def test_reference_dnns_have_the_parameters_of_table_3(preset: str, published: int) -> None:
-    system = medmnist_dnn.SYSTEM
-    with torch.device("meta"):
-        module = system.build(system.configuration(preset)).eval()
-        features = module.features(torch.zeros(system.input_shape(system.configuration(preset))))
+    module = untrained_dnn(preset)
     statistics = sum(buffer.numel() for name, buffer in module.named_buffers() if "running" in name) if preset.startswith("path") else 0
     assert sum(p.numel() for p in module.parameters()) + statistics == published
+
+
+@pytest.mark.parametrize("backbone", medmnist_dnn.BACKBONES)
+def test_the_last_map_of_a_backbone_is_one_pixel(backbone: str) -> None:
+    """So the paper's 2x2 pool behind it does nothing."""
+    system, preset = medmnist_dnn.SYSTEM, f"oct-{backbone}"
+    features = untrained_dnn(preset).features(torch.zeros(system.input_shape(system.configuration(preset)), device="meta"))
     assert features.shape[2:] == (1, 1)
 
 
+@pytest.mark.usefixtures("few_images")
 def test_images_are_padded_with_black_for_the_networks_that_take_32() -> None:
     split = medmnist_dnn.SYSTEM.data(0, "breast-densenet121")
     assert split.sample_shape == (3, 32, 32)
@@ -114,10 +146,19 @@ def test_images_are_padded_with_black_for_the_networks_that_take_32() -> None:
 
 # ---- training
 def test_a_custom_network_learns_the_stand_in() -> None:
-    system = medmnist.SYSTEM
-    split, module = fewer(organs(1), 1000), system.network("organa-c2-quarter")
-    result = fit(module, split, replace(system.training(0, "organa-c2-quarter"), epochs=4))
-    assert result.epochs[0].validation_accuracy < 0.3 and result.best.validation_accuracy > 0.6
+    _, result = trained()
+    assert result.epochs[0].validation_score < 0.3 and result.best.validation_score > 0.6
+
+
+def test_int8_decides_as_well_as_float() -> None:
+    """At most a point of accuracy on the whole test part of the stand-in; the paper's own loss is 0.1 to 0.4."""
+    module, split = trained()[0], organs(1)
+    model = prepare_float(onnx_from_module(module, (torch.from_numpy(split.x_test[:1]),)), {})
+    recipe = replace(load_recipe("portable"), calibration_samples=64)
+    graph, _ = PostTraining(model, Dataset({"input": split.x_train}, split.y_train, "training part"), lambda text, share: None).graph(recipe)
+    scores = reference.run(graph, {graph.inputs[0].name: graph.inputs[0].quantise(split.x_test)})[graph.outputs[0].name]
+    before = top1_accuracy(predict(module, split.x_test), split.y_test)
+    assert len(scores) == 400 and before > 0.6 and top1_accuracy(scores, split.y_test) >= before - 0.01
 
 
 def test_training_into_a_folder_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,24 +184,33 @@ def test_compile_a_preset_on_its_stand_in(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(medmnist, "SYSTEM", small("organa-nano"))
     bundle = isthmus.compile("zoo:medmnist@organa-nano", targets=["cpu"], tune=False, output=tmp_path / "bundle")
     assert bundle.manifest["graph"]["float_islands"] == []
-    assert "data organamnist, synthetic stand-in: 300 training" in bundle.manifest["notes"][0]
+    assert "data organamnist, synthetic stand-in: 150 training" in bundle.manifest["notes"][0]
     assert bundle.manifest["data"]["evaluation"] == "organamnist, synthetic stand-in: test part"
     (border,) = bundle.manifest["graph"]["inputs"]
     assert border["scale"] == 2.0**-7 and border["zero_point"] == 0
 
 
-def test_compile_a_residual_network_with_a_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def breast_images(folder: Path) -> tuple[Path, int]:
+    """The folder of the real BreastMNIST where that is beside this checkout, else one with random images; and how many train."""
+    if (REAL_DATA / "breastmnist").is_dir():
+        return REAL_DATA, 546
     generator = np.random.default_rng(0)
     labels = (np.arange(40) % 2).astype(np.uint8)
     content = {f"{part}_{what}": generator.integers(0, 256, (40, 28, 28), np.uint8) if what == "images" else labels
                for part in ("train", "val", "test") for what in ("images", "labels")}  # fmt: skip
-    np.savez(tmp_path / "breastmnist.npz", **content)  # type: ignore[arg-type]  # numpy's stub confuses **arrays with allow_pickle
+    np.savez(folder / "breastmnist.npz", **content)  # type: ignore[arg-type]  # numpy's stub confuses **arrays with allow_pickle
+    return folder, 40
+
+
+def test_compile_a_residual_network_with_a_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, count = breast_images(tmp_path)
     config = replace(mobilenet_small.SYSTEM.configuration("ci"), dataset="breastmnist", classes=2)
     monkeypatch.setattr(mobilenet_small, "SYSTEM", replace(mobilenet_small.SYSTEM, presets={"tiny": config}, train=TrainConfig(epochs=1)))
-    bundle = isthmus.compile("zoo:mobilenet_small", targets=["cpu"], recipe="symmetric", tune=False, output=tmp_path / "bundle", data_root=tmp_path)
-    assert "data breastmnist: 40 training" in bundle.manifest["notes"][0]
+    recipe = replace(load_recipe("symmetric"), calibration_samples=40)
+    bundle = isthmus.compile("zoo:mobilenet_small", targets=["cpu"], recipe=recipe, tune=False, output=tmp_path / "bundle", data_root=root)
+    assert f"data breastmnist: {count} training" in bundle.manifest["notes"][0]
     with pytest.raises(IsthmusError, match=r"--data-root is the folder of a zoo system's data set; give your own model's samples with --data"):
-        isthmus.compile(bundle.model, targets=["cpu"], tune=False, output=tmp_path / "other", data_root=tmp_path)
+        isthmus.compile(bundle.model, targets=["cpu"], tune=False, output=tmp_path / "other", data_root=root)
 
 
 # ---- ensembles
@@ -227,6 +277,18 @@ def test_metrics_of_perfect_and_of_random_decisions() -> None:
     assert found["weighted_sensitivity"] == top1_accuracy(scores, labels)
     assert found["balanced_accuracy"] == pytest.approx(found["weighted_sensitivity"]) and abs(found["balanced_accuracy"] - 1 / 3) < 0.03
     assert abs(found["auc"] - 0.5) < 0.03
+
+
+def test_the_auc_counts_ranks_alone() -> None:
+    """The mean over classes of each one against the rest: raising a class's scores to a power, which keeps their order, changes nothing."""
+    from sklearn.metrics import roc_auc_score
+
+    generator = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    scores = generator.dirichlet(np.ones(3), 300) / 2 + np.eye(3)[labels] / 2 * generator.uniform(0, 1, (300, 1))
+    scores /= scores.sum(axis=1, keepdims=True)
+    powers = [roc_auc_score(labels == label, scores[:, label] ** (3.0 + label)) for label in range(3)]
+    assert classification_metrics(scores, labels)["auc"] == pytest.approx(np.mean(powers), abs=1e-12) and 0.6 < np.mean(powers) < 0.99
 
 
 def test_metrics_of_two_classes() -> None:

@@ -12,9 +12,10 @@ from isthmus.errors import IsthmusError
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled samples in three disjoint parts. Training and calibration see `train`, selection sees `val`, figures come from `test`.
+    """Samples with their targets in three disjoint parts. Training and calibration see `train`, selection sees `val`, figures come from `test`.
 
-    Samples are float32 [count, *shape], labels int64 [count] with values below `len(classes)`. `seed` is the one the parts were drawn with.
+    Samples are float32 [count, *shape]. Targets are labels, int64 [count] with values below `len(classes)`; or, without `classes`, float32
+    [count, *any shape], as the system's `Task` reads them. `seed` is the one the parts were drawn with.
     """
 
     name: str
@@ -33,15 +34,18 @@ class Split:
 
     def _check(self, part: str, x: np.ndarray, y: np.ndarray) -> None:
         where = f"data set {self.name}, part {part}"
-        if x.dtype != np.float32 or y.dtype != np.int64:
-            raise IsthmusError(f"{where}: samples are {x.dtype} and labels {y.dtype}, expected float32 and int64; convert them first")
-        if len(x) == 0 or len(x) != len(y) or y.ndim != 1:
-            raise IsthmusError(f"{where}: {len(x)} samples and labels of shape {y.shape}, expected one label for each of at least one sample")
-        if x.shape[1:] != self.x_train.shape[1:]:
-            raise IsthmusError(f"{where}: a sample has shape {x.shape[1:]}, in the training part {self.x_train.shape[1:]}; they must be equal")
-        if not np.isfinite(x).all():
-            raise IsthmusError(f"{where}: sample {int(np.argwhere(~np.isfinite(x))[0][0])} holds NaN or infinity; remove or repair it")
-        if y.min() < 0 or y.max() >= len(self.classes):
+        expected = np.int64 if self.classes else np.float32
+        if x.dtype != np.float32 or y.dtype != expected:
+            wanted = "int64" if self.classes else "float32 (int64 labels need their classes)"
+            raise IsthmusError(f"{where}: samples are {x.dtype} and targets {y.dtype}, expected float32 and {wanted}; convert them first")
+        if len(x) == 0 or len(x) != len(y) or (self.classes and y.ndim != 1):
+            raise IsthmusError(f"{where}: {len(x)} samples and targets of shape {y.shape}, expected one target for each of at least one sample")
+        for what, array, of_train in (("sample", x, self.x_train), ("target", y, self.y_train)):
+            if array.shape[1:] != of_train.shape[1:]:
+                raise IsthmusError(f"{where}: a {what} has shape {array.shape[1:]}, in the training part {of_train.shape[1:]}; they must be equal")
+            if not np.isfinite(array).all():
+                raise IsthmusError(f"{where}: {what} {int(np.argwhere(~np.isfinite(array))[0][0])} holds NaN or infinity; remove or repair it")
+        if self.classes and (y.min() < 0 or y.max() >= len(self.classes)):
             raise IsthmusError(f"{where}: labels run from {y.min()} to {y.max()}, expected 0 to {len(self.classes) - 1}; check the list of classes")
 
     @property

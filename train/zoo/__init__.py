@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from isthmus.train.data import Split
-    from isthmus.train.loop import TrainConfig
+    from isthmus.train.loop import Progress, TrainConfig
+    from isthmus.train.task import Task
 
 PREFIX = "zoo:"
 
@@ -46,7 +47,7 @@ class Architecture:
         return next(iter(self.presets))
 
     def configuration(self, preset: str = "") -> Any:
-        """The configuration of `preset` ('' for the default). Raises `IsthmusError` that lists the near names."""
+        """The configuration of `preset` ('' for the default). Raises `IsthmusError` that lists the names, the near ones first."""
         return self.presets[_known(preset or self.default_preset, list(self.presets), f"preset of {self.name}")]
 
     def module(self, preset: str = "", seed: int = 0) -> nn.Module:
@@ -62,19 +63,36 @@ def _whole(module: nn.Module) -> nn.Module:
     return module
 
 
+def _classification(configuration: Any) -> Task:
+    from isthmus.train.task import CLASSIFICATION
+
+    return CLASSIFICATION
+
+
 @dataclass(frozen=True)
 class ZooSystem(Architecture):
     """A network with its data and its training: what `isthmus compile zoo:NAME` takes.
 
     - `load_data(configuration, seed, root)`: the samples, from the data set's own files under `root`, or without it what comes along (real or synthetic).
-    - `train`: how the float network is trained (a recipe sets epochs and learning rate of QAT); `train_presets` for presets that need another way.
-    - `deployed(module)`: the part that is trained and brought to a device, sharing the module's weights; its output are class scores before a softmax.
+    - `train`: how the float network is trained (a recipe sets epochs and learning rate of QAT); `train_presets` for presets that need another way,
+      `rehearsal` for presets whose training is too long for synthetic samples.
+    - `deployed(module)`: the part that is trained and brought to a device, sharing the module's weights; a classifier's output are scores before a softmax.
+    - `task(configuration)`: what it is trained for and judged by.
+    - `lesson(configuration, split, root, seed, folder, progress, device)`: the split and the task that the float network is trained with in place of
+      those, for a network that has teachers; these are trained by it, on the files under `root` (None: synthetic), and kept in `folder` (None: nowhere).
+    - `outputs`: names of what the deployed part returns, in order.
+    - `roads`: target family (cpu, tflite, jetson, fpga) to the preset or sub-network that goes there, one phrase each.
     """
 
     load_data: Callable[[Any, int, Path | None], Split]
     train: TrainConfig
     deployed: Callable[[nn.Module], nn.Module] = _whole
     train_presets: Mapping[str, TrainConfig] = field(default_factory=dict)
+    task: Callable[[Any], Task] = _classification
+    outputs: tuple[str, ...] = ("output",)
+    roads: Mapping[str, str] = field(default_factory=dict)
+    rehearsal: Mapping[str, TrainConfig] = field(default_factory=dict)
+    lesson: Callable[[Any, Split, Path | None, int, Path | None, Progress | None, str], tuple[Split, Task]] | None = None
 
     def data(self, seed: int = 0, preset: str = "", root: Path | None = None) -> Split:
         """The samples of a preset; see `load_data`."""
@@ -84,9 +102,23 @@ class ZooSystem(Architecture):
         """A new network as it is trained: the deployed part of `module(preset, seed)`."""
         return self.deployed(self.module(preset, seed))
 
-    def training(self, seed: int = 0, preset: str = "") -> TrainConfig:
-        """How the float network of a preset is trained."""
-        return replace(self.train_presets.get(preset or self.default_preset, self.train), seed=seed)
+    def training(self, seed: int = 0, preset: str = "", synthetic: bool = False) -> TrainConfig:
+        """How the float network of a preset is trained, on the data set's own files or on synthetic samples."""
+        preset = preset or self.default_preset
+        real = self.train_presets.get(preset, self.train)
+        return replace(self.rehearsal.get(preset, real) if synthetic else real, seed=seed)
+
+    def purpose(self, preset: str = "") -> Task:
+        """What a preset is trained for; see `task`."""
+        return self.task(self.configuration(preset))
+
+    def taught(
+        self, split: Split, preset: str, seed: int, root: Path | None, folder: Path | None = None, progress: Progress | None = None, device: str = "cpu"
+    ) -> tuple[Split, Task]:
+        """The split and the task that the float network of a preset is trained with; see `lesson`."""
+        if self.lesson is None:
+            return split, self.purpose(preset)
+        return self.lesson(self.configuration(preset), split, root, seed, folder, progress, device)
 
 
 def names() -> list[str]:
@@ -95,7 +127,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Architecture:
-    """The system called `name`. Raises `IsthmusError` that lists the near names."""
+    """The system called `name`. Raises `IsthmusError` that lists the names, the near ones first."""
     system = importlib.import_module(f"{__name__}.{_known(name, names(), 'zoo system')}").SYSTEM
     if not isinstance(system, Architecture):
         raise TypeError(f"zoo module {name}: SYSTEM is a {type(system).__name__}, expected ZooSystem or Architecture")
@@ -127,5 +159,5 @@ def _known(name: str, choices: list[str], what: str) -> str:
     if name in choices:
         return name
     near = difflib.get_close_matches(name, choices, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(choices)}"
-    raise IsthmusError(f"unknown {what} {name!r}: {hint}")
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise IsthmusError(f"unknown {what} {name!r}: {hint}there are {', '.join(choices)}")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The custom CNNs of "Lightweight Neural Network Ensemble Models for Medical Image Classification with MedMNIST Dataset", tables 2 and 4.
 
-31 networks: families A, B, C and D for three data sets of 28x28 images. A grayscale image comes replicated to three channels, as the paper counts them.
-Beside them C2 for other sets and reduced sizes for FPGAs: these take one channel, which is the same network with the three kernels summed.
+32 networks: A, and families B, C and D for three data sets of 28x28 images. A grayscale image comes replicated to three channels, as the paper counts them.
+Beside them OrganAMNIST's family C for other grey sets, and reduced sizes for FPGAs: these take one channel, which is the same network with the three
+kernels summed.
 
 Where the paper feeds 0..255, samples are (pixel - 128) / 128: an affine change the first layer learns, and exact in int8 under every scheme.
 """
@@ -78,6 +79,7 @@ class MedMnistNet(nn.Module):
 _PAIRS = ((32, 32), (64, 64), (128, 128), (256, 256))  # Diniz; DaSilva on OrganAMNIST
 _TRIPLES = ((32, 32, 64), (64, 128, 128), (256, 256, 512))  # DaSilva
 _DATA = {"path": "pathmnist", "organa": "organamnist", "oct": "octmnist", "pneumonia": "pneumoniamnist", "breast": "breastmnist", "mnist": "mnist"}
+_GREY = ("pneumonia", "breast", "mnist")  # not in the paper
 
 
 def _classes(dataset: str) -> int:
@@ -94,11 +96,11 @@ def _family(dataset: str, letter: str) -> list[Config]:
         return [_config(dataset, _PAIRS[: k + 1], "none", 256) for k in range(4)]
     if letter == "d":
         return [_config(dataset, _TRIPLES[: k + 1], "every", 256) for k in range(3)]
-    if dataset == "organa":
-        return [_config(dataset, _PAIRS[: k + 1], "last of block", 64) for k in range(4)]
+    if dataset == "path":
+        return [_config(dataset, _TRIPLES[: k + 1], "none", 128) for k in range(3)]
     if dataset == "oct":
         return [_config(dataset, _TRIPLES[: k + 1], "last of block", 64) for k in range(3)]
-    return [_config(dataset, _TRIPLES[: k + 1], "none", 128) for k in range(3)]
+    return [_config(dataset, _PAIRS[: k + 1], "last of block", 64) for k in range(4)]
 
 
 def _paper_presets() -> Mapping[str, Config]:
@@ -109,20 +111,20 @@ def _paper_presets() -> Mapping[str, Config]:
     return {"organa-c2": named["organa-c2"], "path-a": adjei} | named
 
 
-def _grey_c2(dataset: str) -> Config:
-    """OrganAMNIST's C2 for another grey data set."""
-    return replace(_config(dataset, _PAIRS[:2], "last of block", 64), input_channels=1)
+def _grey_presets() -> Mapping[str, Config]:
+    """OrganAMNIST's family C, on one channel."""
+    return {f"{dataset}-c{k}": replace(config, input_channels=1) for dataset in _GREY for k, config in enumerate(_family(dataset, "c"), 1)}
 
 
-def _fpga_presets() -> Mapping[str, Config]:
+def _fpga_presets(dataset: str) -> Mapping[str, Config]:
     """A quarter of the filters. Behind an average the weights of the largest layer drop from 12,544 to 2,304 (C2)."""
-    quarter = replace(_config("organa", ((8, 8), (16, 16)), "last of block", 16), input_channels=1)
+    quarter = replace(_config(dataset, ((8, 8), (16, 16)), "last of block", 16), input_channels=1)
     averaged = replace(quarter, hidden=(), average=True)
     return {
-        "organa-c2-quarter": quarter,
-        "organa-c2-quarter-average": averaged,
-        "organa-c3-quarter-average": replace(averaged, blocks=((8, 8), (16, 16), (32, 32))),
-        "organa-nano": replace(averaged, blocks=((4, 4), (8, 8))),
+        f"{dataset}-c2-quarter": quarter,
+        f"{dataset}-c2-quarter-average": averaged,
+        f"{dataset}-c3-quarter-average": replace(averaged, blocks=((8, 8), (16, 16), (32, 32))),
+        f"{dataset}-nano": replace(averaged, blocks=((4, 4), (8, 8))),
     }
 
 
@@ -138,15 +140,24 @@ def _scores(module: nn.Module) -> nn.Module:
 
 
 PAPER = _paper_presets()
+_LARGE = [name for name, config in PAPER.items() if len(config.blocks[0]) > 2]  # A and what stands on triples: 23 to 247 million multiply-accumulates
+FPGA = {name: config for dataset in ("organa", *_GREY) for name, config in _fpga_presets(dataset).items()}
 SYSTEM = ZooSystem(
     name="medmnist",
     summary="custom CNNs for 28x28 medical images, members of averaging ensembles",
     paper="Prvan, Music, Coko, Kristic: Lightweight Neural Network Ensemble Models for Medical Image Classification with MedMNIST Dataset",
-    presets={**PAPER, **{f"{dataset}-c2": _grey_c2(dataset) for dataset in ("pneumonia", "breast", "mnist")}, **_fpga_presets()},
+    presets={**PAPER, **_grey_presets(), **FPGA},
     build=MedMnistNet,
     input_shape=lambda config: (1, config.input_channels, config.image_size, config.image_size),
     load_data=_data,
     train=TrainConfig(epochs=5, batch_size=64, learning_rate=2e-3),
-    train_presets=dict.fromkeys(_fpga_presets(), TrainConfig(epochs=15, batch_size=64, learning_rate=1e-2)),
+    train_presets=dict.fromkeys(FPGA, TrainConfig(epochs=15, batch_size=64, learning_rate=1e-2)),
+    rehearsal=dict.fromkeys(_LARGE, TrainConfig(epochs=1, batch_size=64, learning_rate=2e-3)),
     deployed=_scores,  # softmax and the mean over an ensemble's members are the host's: `isthmus.train.ensemble`
+    roads={
+        "cpu": "any preset, whole; the mean over an ensemble's members on the host",
+        "tflite": "any preset, whole; family C of OrganAMNIST takes 0.3 to 1.3 MB",
+        "jetson": "any preset, whole; one engine a member",
+        "fpga": "*-quarter, *-quarter-average, *-nano, whole: the others' weights do not fit a small chip",
+    },
 )

@@ -90,5 +90,12 @@ SYSTEM = ZooSystem(
     input_shape=lambda config: (1, config.input_channels, config.image_size, config.image_size),
     load_data=_data,
     train=TrainConfig(epochs=5, batch_size=64, learning_rate=1e-3),
+    rehearsal=dict.fromkeys(_presets(), TrainConfig(epochs=1, batch_size=64, learning_rate=1e-3)),
     deployed=_scores,
+    roads={
+        "cpu": "any preset, whole; the mean over an ensemble's members on the host",
+        "tflite": "mobilenet_v2, whole, beside a custom CNN (zoo:medmnist)",
+        "jetson": "any preset, whole; one engine a member",
+        "fpga": "none: of a hybrid ensemble the custom CNN goes there, the DNN to the processor beside it",
+    },
 )

@@ -60,4 +60,5 @@ SYSTEM = ZooSystem(
     input_shape=lambda config: (1, config.input_channels, config.image_size, config.image_size),
     load_data=_data,
     train=TrainConfig(epochs=8, batch_size=64, learning_rate=1e-2),
+    roads=dict.fromkeys(("cpu", "tflite", "jetson"), "any preset, whole"),
 )

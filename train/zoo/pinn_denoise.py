@@ -1,41 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backbones of "Physics-Informed Neural Network for Denoising Images Using Nonlinear PDE": one grey image in, the same image without noise out.
+"""The denoisers of "Physics-Informed Neural Network for Denoising Images Using Nonlinear PDE": one grey image in, the same image without noise out.
 
-The equations act in training alone: what is built here, and what goes to a device, is a plain convolutional network. The paper gives levels and blocks;
-widths of ResUNet and the nested networks, the way up in UNet and the lite preset are readings (UNet's names no upsampling: nearest and a convolution).
+The equations act in training alone: what goes to a device is a plain convolutional network. The paper gives levels and blocks; widths of ResUNet and the
+nested networks, the way up in UNet, the lite preset and all small sizes are readings (UNet's names no upsampling: nearest and a convolution).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from isthmus.train.zoo import Architecture
+from isthmus.train.data import Split, denoise
+from isthmus.train.data.denoise import GAUSSIAN_25, Degradation
+from isthmus.train.data.images import PARTS
+from isthmus.train.image_metrics import psnr
+from isthmus.train.loop import TrainConfig
+from isthmus.train.pde_priors import DEFAULT_WEIGHTS, PRIORS, DenoisingLoss, Reading, Weights
+from isthmus.train.task import Arrays, Outputs, Task, as_tuple
+from isthmus.train.zoo import ZooSystem
 
 
-@dataclass(frozen=True)
-class UNetConfig:
-    """`widths` from the full size down, a 2x2 max pool between two levels, the last one the bottleneck.
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """How a backbone is trained: the equation, the loss, the noise; `patches` a part of the data, of the image's size."""
 
-    `residual`: blocks with a shortcut. `upsampling`: "nearest" leaves the channels to the block behind it, the others bring them to the level's width.
-    `convolutions`: of every level but the bottleneck, which has two. Height and width are multiples of 2 to the number of pools.
-    """
-
-    widths: tuple[int, ...] = (32, 64, 128, 256)
-    residual: bool = False
-    upsampling: Literal["nearest and convolution", "transposed", "nearest"] = "nearest and convolution"
-    norm: bool = True
-    convolutions: int = 2
+    prior: str = "zg"
+    weights: Weights = DEFAULT_WEIGHTS
+    residual: Reading = "steady"
+    degradation: Degradation = GAUSSIAN_25
+    patches: tuple[int, int, int] = (4, 2, 2)
     input_channels: int = 1
     image_size: int = 256
 
 
 @dataclass(frozen=True)
-class NestedConfig:
+class UNetConfig(Common):
+    """`widths` from the full size down, a 2x2 max pool between two levels, the last one the bottleneck.
+
+    `residual_blocks`: blocks with a shortcut. `upsampling`: "nearest" leaves the channels to the block behind it, the others bring them to the level's width.
+    `convolutions`: of a block without one, but the bottleneck's, which has two. Height and width are multiples of 2 to the number of pools.
+    """
+
+    widths: tuple[int, ...] = (32, 64, 128, 256)
+    residual_blocks: bool = False
+    upsampling: Literal["nearest and convolution", "transposed", "nearest"] = "nearest and convolution"
+    norm: bool = True
+    convolutions: int = 2
+
+
+@dataclass(frozen=True)
+class NestedConfig(Common):
     """`middles` and `outputs` of the encoder's six stages, then of the decoder's five, deepest first: their blocks are small UNets of their own.
 
     `add_skips`: a decoder stage's output plus the encoder's of that size, where the channels agree. `bounded`: a sigmoid behind every map.
@@ -47,12 +67,10 @@ class NestedConfig:
     add_skips: bool
     bounded: bool
     side_kernel: int = 1
-    input_channels: int = 1
-    image_size: int = 256
 
 
 Config = UNetConfig | NestedConfig
-SIZE_MULTIPLE = 32  # of height and width, enough for every backbone
+SIZE_MULTIPLE = 32  # of height and width, enough for every preset
 
 
 def _convolved(inputs: int, outputs: int, norm: bool = True, dilation: int = 1) -> list[nn.Module]:
@@ -75,7 +93,7 @@ class Residual(nn.Module):
 
 
 def _level(config: UNetConfig, inputs: int, outputs: int, convolutions: int) -> nn.Module:
-    if config.residual:
+    if config.residual_blocks:
         return Residual(inputs, outputs, config.norm)
     widths = [inputs] + [outputs] * convolutions
     return nn.Sequential(*(layer for pair in pairwise(widths) for layer in _convolved(*pair, config.norm)))
@@ -202,28 +220,114 @@ def build(config: Config) -> nn.Module:
     return UNet(config) if isinstance(config, UNetConfig) else NestedUNet(config)
 
 
+# ---- how far it sees
+def margin(config: UNetConfig) -> int:
+    """Pixels to each side of an output pixel that it may depend on: how far tiles must reach beyond what is kept of them."""
+    spans = [_decoded(config, pixel, pixel, 0) for pixel in range(size_multiple(config))]
+    return max(max(pixel - first, last - pixel) for pixel, (first, last) in enumerate(spans))
+
+
+def size_multiple(config: Config) -> int:
+    """What height and width are multiples of, and where a tile may start."""
+    return 2 ** (len(config.widths) - 1) if isinstance(config, UNetConfig) else SIZE_MULTIPLE
+
+
+def _decoded(config: UNetConfig, first: int, last: int, level: int) -> tuple[int, int]:
+    """The image's pixels that those of a level on the way up see."""
+    if level == len(config.widths) - 1:
+        return _encoded(config, first, last, level)
+    reach = _reach(config, level)
+    first, last = first - reach, last + reach
+    skip = _encoded(config, first, last, level)
+    wider = config.upsampling == "nearest and convolution"
+    below = _decoded(config, (first - wider) // 2, (last + wider) // 2, level + 1)
+    return min(skip[0], below[0]), max(skip[1], below[1])
+
+
+def _encoded(config: UNetConfig, first: int, last: int, level: int) -> tuple[int, int]:
+    """The same on the way down."""
+    reach = _reach(config, level)
+    first, last = first - reach, last + reach
+    return (first, last) if level == 0 else _encoded(config, 2 * first, 2 * last + 1, level - 1)
+
+
+def _reach(config: UNetConfig, level: int) -> int:
+    """3x3 convolutions of a block."""
+    return 2 if config.residual_blocks or level == len(config.widths) - 1 else config.convolutions
+
+
+# ---- data and task
+def _data(config: Config, seed: int, root: Path | None) -> Split:
+    return denoise.load(root, config.image_size, config.degradation, dict(zip(PARTS, config.patches, strict=True)), seed)
+
+
+def _task(config: Config) -> Task:
+    """Targets hold the clean image and the noisy one. Fresh noise, quarter turns and mirror images every batch; PSNR of what is clipped to 0..1."""
+    criterion = DenoisingLoss(config.prior, config.weights, config.residual)
+
+    def loss(outputs: Outputs, targets: Tensor) -> Tensor:
+        return criterion(as_tuple(outputs), targets[:, :1], targets[:, 1:])
+
+    def score(outputs: Arrays, targets: np.ndarray) -> float:
+        assert isinstance(outputs, np.ndarray)  # one image in evaluation
+        return psnr(np.clip(outputs, 0, 1), targets[:, :1])
+
+    def augment(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        turns, mirrored, seed = (int(torch.randint(high, ())) for high in (4, 2, 2**62))
+        clean = torch.rot90(targets[:, :1], turns, (2, 3))
+        clean = clean.flip(3) if mirrored else clean
+        noisy = torch.from_numpy(config.degradation.apply(clean.cpu().numpy(), np.random.default_rng(seed))).to(clean.device)
+        return noisy, torch.cat([clean, noisy], dim=1)
+
+    return Task("PSNR (dB)", loss, score, augment=augment)
+
+
+# ---- presets
 _MIDDLES = (32, 32, 64, 128, 256, 256, 256, 128, 64, 32, 16)
 _OUTPUTS = (64, 128, 256, 512, 512, 512, 512, 256, 128, 64, 64)
 _STAGES = len(_MIDDLES)
-_FPGA = UNetConfig((4, 8), upsampling="nearest", norm=False, convolutions=1, image_size=32)
+_LITE = NestedConfig((16,) * _STAGES, (64,) * _STAGES, add_skips=True, bounded=False)
+_FPGA = UNetConfig(widths=(4, 8), upsampling="nearest", norm=False, convolutions=1, image_size=32, patches=(256, 32, 32))
+_SMALL_UNET = UNetConfig(widths=(8, 16, 32), upsampling="nearest", norm=False, convolutions=1, image_size=64, patches=(64, 16, 16))
+# The four backbones at a size that trains on a CPU, each under each of the four equations.
+SMALL: dict[str, Config] = {
+    "unet": _SMALL_UNET,
+    "resunet": replace(_SMALL_UNET, residual_blocks=True, norm=True, upsampling="transposed"),
+    "u2net": replace(_LITE, middles=(4,) * _STAGES, outputs=(8,) * _STAGES, add_skips=False, bounded=True, image_size=64, patches=(64, 16, 16)),
+    "resu2net": replace(_LITE, middles=(4,) * _STAGES, outputs=(8,) * _STAGES, image_size=64, patches=(64, 16, 16)),
+}
+_LARGE: dict[str, Config] = {
+    "unet": UNetConfig(),
+    "unet-transposed": UNetConfig(upsampling="transposed"),
+    "resunet": UNetConfig(residual_blocks=True, upsampling="transposed"),
+    "u2net": NestedConfig(_MIDDLES, _OUTPUTS, add_skips=False, bounded=True),
+    "resu2net": _LITE,
+    "resu2net-full": NestedConfig(_MIDDLES, _OUTPUTS, add_skips=True, bounded=False),
+    "unet-edge": UNetConfig(widths=(16, 32, 64, 128)),
+    "resu2net-edge": replace(_LITE, middles=(8,) * _STAGES, outputs=(16,) * _STAGES),
+}
 
-SYSTEM = Architecture(
+SYSTEM = ZooSystem(
     name="pinn_denoise",
     summary="denoisers for aerial and radar images, trained under a differential equation: UNet, ResUNet, U2Net, ResU2Net",
     paper="Osorio Quero, Crespo: Physics-Informed Neural Network for Denoising Images Using Nonlinear PDE",
     presets={
-        "unet": UNetConfig(),
-        "unet-transposed": UNetConfig(upsampling="transposed"),
-        "resunet": UNetConfig(residual=True, upsampling="transposed"),
-        "u2net": NestedConfig(_MIDDLES, _OUTPUTS, add_skips=False, bounded=True),
-        "resu2net": NestedConfig((16,) * _STAGES, (64,) * _STAGES, add_skips=True, bounded=False),
-        "resu2net-full": NestedConfig(_MIDDLES, _OUTPUTS, add_skips=True, bounded=False),
-        "unet-edge": UNetConfig((16, 32, 64, 128)),
-        "resu2net-edge": NestedConfig((8,) * _STAGES, (16,) * _STAGES, add_skips=True, bounded=False),
-        "unet-ci": UNetConfig((8, 16, 32, 64), image_size=64),
+        **_LARGE,
+        **{f"{backbone}-small-{prior}": replace(config, prior=prior) for backbone, config in SMALL.items() for prior in PRIORS},
+        "ci": replace(_SMALL_UNET, widths=(4, 8, 16), image_size=32, patches=(96, 16, 16)),
         "fpga": _FPGA,
-        "fpga-8-16": UNetConfig((8, 16), upsampling="nearest", norm=False, convolutions=1, image_size=32),
+        "fpga-8-16": replace(_FPGA, widths=(8, 16)),
     },
     build=build,
     input_shape=lambda config: (1, config.input_channels, config.image_size, config.image_size),
+    load_data=_data,
+    train=TrainConfig(epochs=25, batch_size=4, learning_rate=1e-2),
+    train_presets=dict.fromkeys(_LARGE, TrainConfig(epochs=1, batch_size=2, learning_rate=1e-3)),  # no more than that the batch norms have seen images
+    task=_task,
+    roads={
+        "cpu": "any preset, whole, in tiles for large images",
+        "tflite": "unet-edge or resu2net-edge, whole",
+        "jetson": "any preset, whole; resu2net is the paper's lightweight one. A Jetson Nano has no int8",
+        "fpga": "fpga or fpga-8-16 (mini-UNet), whole, in tiles of 32x32",
+    },
 )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from isthmus.cli import app
 from isthmus.errors import IsthmusError, ProblemsError
 from isthmus.form_writer import FormWriter
 from isthmus.graph import QuantGraph
@@ -123,7 +126,7 @@ def test_bounds_ask_for_the_smallest_that_is_fast_enough(quarter: QuantGraph) ->
     assert bounded.estimate.latency_us <= 4 * fastest.estimate.latency_us and bounded.share < fastest.share
     quick = search.chosen(front, search.Goal(min_fps=fastest.estimate.frames_a_second / 3), profile)
     assert quick.estimate.frames_a_second >= fastest.estimate.frames_a_second / 3 and quick.share <= fastest.share
-    with pytest.raises(ProblemsError, match=r"the fastest that fits AMD Kria KV260 is estimated at .* us.*not 0\.1 us \[too-slow\]; ask for less"):
+    with pytest.raises(ProblemsError, match=r"the fastest in io_stream that fits AMD Kria KV260 is estimated at .* us.*not 0\.1 us \[too-slow\]; ask for less"):
         search.chosen(front, search.Goal(max_latency_us=0.1), profile)
 
 
@@ -148,6 +151,33 @@ def test_the_plan_carries_the_estimate_and_the_front(hls: Any) -> None:
     fixed = hls.plan(graph, strategy="resource", reuse_factor=3)
     assert {layer["ReuseFactor"] for layer in json.loads(fixed.files[simulation.CONFIG_FILE])["layers"].values() if "ReuseFactor" in layer} <= {3, 4}
     assert any("does not divide the terms of every layer" in note for note in fixed.notes)
+
+
+def test_the_command_shows_the_layers_the_front_and_mistakes(tmp_path: Path) -> None:
+    _network(((4, 4),), side=8).save(tmp_path / "form.onnx")
+
+    def said(*words: str) -> str:
+        done = CliRunner().invoke(app, ["cost", str(tmp_path / "form.onnx"), *words])
+        return done.stdout if done.exception is None else str(done.exception)
+
+    on = ("--on", "pynq-z2", "--set", "io_type=io_stream")
+    (shown,) = json.loads(said(*on, "--json"))["on"]["pynq-z2"]
+    folded = [layer for layer in shown["layers"] if layer["strategy"]]
+    assert len(folded) == 3 and max(layer["interval_cycles"] for layer in shown["layers"]) == shown["resources"]["interval_cycles"]
+    assert sum(layer["lut"] for layer in shown["layers"]) == pytest.approx(shown["resources"]["lut"], rel=0.1)  # fifos are nobody's
+    text = said(*on, "--layers", "--set", "max_latency_us=500")
+    assert re.search(r"conv +resource +\d+ ", text) and "estimated:" in text and "LUT 0.71 to 1.29" in text
+    front = [line for line in said(*on, "--set", "pareto=true").splitlines() if line.startswith("pynq-z2 ")]
+    cycles = [int(line.split(" latency_cycles")[0].split()[-1].replace(",", "")) for line in front]
+    assert len(front) > 5 and cycles == sorted(cycles)
+    assert "option 'latency' is known to none of the targets: there are" in said(*on, "--set", "latency=3")
+    assert "name a board with --on" in said("--set", "pareto=true")
+
+
+def test_a_global_mean_of_a_stream_is_one_sum_a_channel(quarter: QuantGraph) -> None:
+    (mean,) = [layer for layer in layers_of(lower(quarter, "io_stream"), "io_stream") if "global" in layer.name]
+    assert (mean.work.pixels, mean.work.filters, mean.work.terms, mean.work.in_bits) == (49, 16, 2, 8 + 6)
+    assert mean.stage.tokens_out == 1 and mean.stage.kernel == mean.stage.grid == (7, 7)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +209,7 @@ def test_a_tools_report_replaces_the_estimate(hls: Any) -> None:
 def test_the_budget_of_the_paper(quarter: QuantGraph) -> None:
     said = budget(quarter, load_profile("pynq-z2"))
     parameters = 4387 - 2 * (8 + 16)  # the batch normalisations are folded
-    assert said["memory_fits"] and said["paper_rule"] and said["fp32_mb"] == pytest.approx(4 * parameters / 1e6)
+    assert said["memory_fits"] and said["paper_rule"] and said["fp32_mb"] == pytest.approx(4 * parameters / 2**20)
     assert said["needed_bytes"] >= parameters + 28 * 28 * 8
     assert not budget(quarter, replace(load_profile("pynq-z2"), facts={"on_chip_bytes": 4000}))["memory_fits"]
     with pytest.raises(IsthmusError, match=r"needs facts\.on_chip_bytes"):

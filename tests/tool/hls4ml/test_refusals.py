@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the target refuses, by name and with a way out; what only io_stream refuses; a board whose backend is not written."""
+"""What the target refuses, by name and with a way out; what only io_stream refuses; what a backend cannot carry; parts nobody knows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from isthmus.errors import ProblemsError
+from isthmus.errors import IsthmusError, ProblemsError
 from isthmus.form_writer import FormWriter
 from isthmus.graph import QuantGraph
 from isthmus.profile import load_profile
@@ -121,15 +121,58 @@ def test_the_zeros_of_a_transposed_convolution_count() -> None:
         TARGET.plan(graph, load_profile("pynq-z2"), {"io_type": "io_parallel"})
 
 
-@pytest.mark.parametrize(("board", "backend"), [("arria10-gx1150", "oneAPI"), ("polarfire-mpf300t", "Libero")])
-def test_a_board_of_another_maker_is_refused_by_name(board: str, backend: str) -> None:
-    (problem,) = TARGET.check(_one(lambda w, x: w.relu(x)), load_profile(board))
-    assert (problem.node, problem.rule) == (board, "backend") and f"{backend} backend" in problem.found
+def test_a_backend_writes_for_its_own_makers_parts() -> None:
+    relu, mlp = _one(lambda w, x: w.relu(x)), _one(lambda w, x: w.gemm(x, np.ones((2, 4), np.int8), 2**-7, scale=2**-3), (1, 4))
+    for board, backend, graph in (("arria10-gx1150", "oneAPI", relu), ("polarfire-mpf300t", "Libero", mlp), ("pynq-z2", "Vitis", relu)):
+        profile = load_profile(board)
+        assert TARGET.check(graph, profile) == []
+        assert json.loads(TARGET.plan(graph, profile, {}).files[simulation.CONFIG_FILE])["backend"] == backend
+    with pytest.raises(ProblemsError, match=r"Libero writes for parts of Microchip, and PYNQ-Z2 is AMD's \[backend\]; use --set backend=Vitis"):
+        TARGET.plan(relu, load_profile("pynq-z2"), {"backend": "Libero"})
+    with pytest.raises(IsthmusError, match="option backend of target hls4ml: 'HLS' is not one of auto, Vitis, Vivado"):
+        TARGET.plan(relu, load_profile("pynq-z2"), {"backend": "HLS"})
+    with pytest.raises(
+        ProblemsError, match=r"io_stream, which isthmus does not write for hls4ml's oneAPI backend \[backend-io\]; use --set io_type=io_parallel"
+    ):
+        TARGET.plan(relu, load_profile("arria10-gx1150"), {"io_type": "io_stream"})
+    with pytest.raises(ProblemsError, match=r"VivadoAccelerator knows the boards pynq-z2, zcu102 \[backend\]; use --set backend=Vitis"):
+        TARGET.plan(relu, load_profile("kv260"), {"backend": "VivadoAccelerator"})
+
+
+def test_a_layer_that_a_backend_would_leave_out_is_refused() -> None:
+    """hls4ml drops a layer it has no code for, without a word."""
+    (problem,) = TARGET.check(_one(lambda w, x: w.function("Sigmoid", x, scale=2**-7), (1, 4)), load_profile("polarfire-mpf300t"))
+    averages = _one(lambda w, x: w.average_pool(x, kernel=(2, 2), strides=(2, 2), scale=2**-4))
+    with pytest.raises(ProblemsError, match=r"cuts off at the bits of its input, where the form rounds \[backend-layer\]; use --set backend=Vitis"):
+        TARGET.plan(averages, load_profile("pynq-z2"), {"backend": "Catapult"})
+    depthwise = _one(lambda w, x: w.conv(x, np.ones((2, 1, 3, 3), np.int8), 2**-7, scale=2**-3, group=2))
+    assert [found.rule for found in TARGET.check(depthwise, load_profile("arria10-gx1150"))] == ["backend-layer"]
+    assert problem.rule == "backend-layer" and "becomes IsthmusKernel, which hls4ml's Libero backend has no code for" in problem.found
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("xc7z020clg484-1", ""),
+        ("xc7z020clg400", "'xc7z020clg400' is no part of XC7Z020: expected the device, a package and a speed grade, as in xc7z020clg400-1"),
+        ("xc7z010clg400-1", "'xc7z010clg400-1' is another device than PYNQ-Z2's: did you mean xc7z020clg400-1"),
+        ("xczu9eg-ffvb1156-2-e", "'xczu9eg-ffvb1156-2-e' is the part of board zcu102: use --target zcu102"),
+        ("zynq", "'zynq' is another device than PYNQ-Z2's"),
+    ],
+)
+def test_a_part_nobody_knows(part: str, message: str) -> None:
+    graph, profile = _one(lambda w, x: w.relu(x)), load_profile("pynq-z2")
+    if not message:
+        assert json.loads(TARGET.plan(graph, profile, {"part": part}).files[simulation.CONFIG_FILE])["part"] == part
+        return
+    with pytest.raises(IsthmusError, match=re.escape(f"option part of target hls4ml: {message}")) as error:
+        TARGET.plan(graph, profile, {"part": part})
+    assert "\n" not in str(error.value)
 
 
 def test_the_document_lists_the_rules_of_the_code() -> None:
     root = Path(__file__).parents[3]
-    code = "".join((root / "targets" / "hls4ml" / f"{name}.py").read_text(encoding="utf-8") for name in ("rules", "folding", "search", "__init__"))
+    code = "".join((root / "targets" / "hls4ml" / f"{name}.py").read_text(encoding="utf-8") for name in ("rules", "folding", "search", "backends", "__init__"))
     rules = set(re.findall(r'Problem\(\s*[\w."]+,\s*"([a-z-]+)"', code))
     table = (root / "docs" / "hls4ml.md").read_text(encoding="utf-8").partition("## What is refused")[2].partition("Float islands")[0]
     assert set(re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)) == rules and len(rules) > 10

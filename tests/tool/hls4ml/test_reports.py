@@ -53,9 +53,23 @@ def test_co_simulation_utilisation_and_timing() -> None:
     assert timing.to_json() == {"kind": "timing", "tool_version": "v.2019.2", "part": "7z020-clg400", "slack_ns": 0.044, "passed": True}
 
 
+def test_results_of_smart_hls() -> None:
+    simulated = read_report(REPORTS / "smarthls_cosim.rpt")
+    assert (simulated.kind, simulated.part, simulated.latency_cycles, simulated.passed) == ("smart-hls", "MPF300TS-1FCG1152I", 1040408, True)
+    assert simulated.resources == {} and simulated.clock_target_ns is None  # "N/A. Please run ..."
+    used = read_report(REPORTS / "smarthls_synthesis.rpt")
+    assert used.resources == {"lut": 460, "ff": 273, "dsp": 1, "lsram_20k": 0}
+    assert used.available == {"lut": 299544, "ff": 299544, "dsp": 924, "lsram_20k": 952} and used.latency_cycles is None  # of 16,800 calls together
+    timed = parse_report(
+        "Summary Report for RTL Simulation and FPGA Synthesis\n| clk | 10.000 ns | 100.000 MHz | 7.170 ns | 2.830 ns | 353.357 MHz |\n====== 3. Resource Usage"
+    )
+    assert (timed.clock_target_ns, timed.clock_estimated_ns, timed.slack_ns, timed.passed) == (10.0, 2.83, 7.17, None)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("Summary Report for RTL Simulation and FPGA Synthesis", "looks like a results report of SmartHLS but cannot be read: a section '3"),
         ("LUTs: many", "csynth.rpt: not a report that isthmus knows"),
         ("", "not a report that isthmus knows"),
         ("== Vitis HLS Report for 'model'\n", r"looks like a C synthesis report \(text\) but cannot be read: the latency summary"),

@@ -43,6 +43,29 @@ def test_a_residual_branch_gets_the_depth_it_needs_and_one_less_deadlocks() -> N
     assert simulate(stages, dict.fromkeys(edges(stages), SHALLOW)).stuck
 
 
+def test_blocks_with_a_strided_shortcut_do_not_deadlock() -> None:
+    """As a ResNet's: behind the split one branch halves the size twice later than the other, and a block without a shortcut follows."""
+    generator = np.random.default_rng(4)
+    writer = FormWriter(recipe=Recipe())
+    weight = lambda *shape: generator.integers(-9, 9, shape).astype(np.int8)  # noqa: E731
+    around = (1, 1, 1, 1)
+    x = writer.conv(writer.input("image", (1, 2, SIDE, SIDE), scale=2**-4), weight(4, 2, 3, 3), 2**-7, scale=2**-3, pads=around, activation="Relu")
+    for filters, stride in ((8, 2), (8, 1)):
+        depth = 4 if stride == 2 else 8
+        y = writer.conv(x, weight(filters, depth, 3, 3), 2**-7, scale=2**-3, pads=around, strides=(stride, stride), activation="Relu")
+        y = writer.conv(y, weight(filters, filters, 3, 3), 2**-7, scale=2**-3, pads=around)
+        short = x if stride == 1 else writer.conv(x, weight(filters, depth, 1, 1), 2**-7, scale=2**-3, strides=(stride, stride))
+        x = writer.add(y, short, scale=2**-3, activation="Relu")
+    writer.output(writer.gemm(writer.flatten(writer.global_average_pool(x, scale=2**-3)), weight(3, 8), 2**-7, scale=2**-1), "logits")
+    stages = [layer.stage for layer in layers_of(lower(writer.graph(), "io_stream"), "io_stream")]
+    depths = fifo_depths(stages)
+    assert simulate(stages, depths).stuck == () and simulate(stages, depths).cycles == simulate(stages, {}).cycles
+    joins = [index for index, stage in enumerate(stages) if len(stage.reads) == 2]
+    deep = {edge: depth for edge, depth in depths.items() if depth > SHALLOW}
+    assert len(joins) == 2 and all(edge[1] in joins and depth < SIDE * SIDE / 2 for edge, depth in deep.items())
+    assert simulate(stages, dict.fromkeys(edges(stages), SHALLOW)).stuck
+
+
 def test_the_least_depth_is_what_the_long_branch_holds_back() -> None:
     """A window of three rows over a padded image gives nothing before row 1, column 1 of the image has come in."""
     stages = [

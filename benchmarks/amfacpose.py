@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AMFACPose: what it costs, that the path from image file to AP is right, and what int8 does to it: `python benchmarks/amfacpose.py --data FOLDER`.
+
+- costs: parameters and MACs of every preset and of the paper's ablation rows, beside the paper's figures; seconds.
+- overfit: FOLDER holds COCO key-point annotations and their images. The small presets learn its people by heart and are then judged on the image files:
+  read, cropped, run, decoded, moved back, scored, pycocotools. AP on the people that were trained on checks the path and says nothing of quality.
+- figures: the same by heart with synthetic stick figures, where no files are needed, judged crop by crop.
+
+For the last two: float, int8 by calibration, and int8 trained with the rounding (QAT, a quarter of the training's epochs); both by the portable
+recipe, computed by the integer reference. Checkpoints and finished rows are kept in --work: a run that was stopped goes on. One seed each; half an
+hour on one core. Exit code 1 where a promise is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from isthmus import reference
+from isthmus.dataset import Dataset
+from isthmus.export.module import onnx_from_module
+from isthmus.export.prepare import prepare_float
+from isthmus.graph import QuantGraph
+from isthmus.post_training import PostTraining
+from isthmus.recipe import load_recipe
+from isthmus.train.checkpoint import Checkpoint
+from isthmus.train.data import Split, coco_keypoints
+from isthmus.train.loop import TrainConfig, fit, predict
+from isthmus.train.pose_metrics import SURE, key_point_scores
+from isthmus.train.processing.pose import Network, joints_in_image, person_score
+from isthmus.train.zoo.amfacpose import ABLATION, SYSTEM, Config, TinyConfig
+
+INPUT, SEED = "input", 0
+SMALL = ("tinypose_fpga", "ci")
+# By heart: the same people again and again, as they are. Epochs on the photographs and on the figures.
+BY_HEART = {"tinypose_fpga": TrainConfig(600, 12, 5e-3, 1e-2, SEED), "ci": TrainConfig(250, 12, 3e-3, 1e-2, SEED)}
+FIGURES = {"tinypose_fpga": TrainConfig(400, 16, 5e-3, 1e-2, SEED), "ci": TrainConfig(150, 16, 3e-3, 1e-2, SEED)}
+FIGURE_IMAGES = 8
+QAT_SHARE, QAT_RATE = 4, 0.1  # of the float training's epochs and of its learning rate
+LEAST_AP, MOST_DROP = 0.9, 0.02  # promised: by heart in float, and lost by int8 with QAT
+# The paper's tables 2 and 6: millions of parameters, GFLOPs (which are multiply-accumulates).
+PAPER = {
+    "r34-384x288": (3.8, 5.2), "r34-256x256": (3.6, 3.1), "r18-384x288": (2.5, 3.2), "r18-256x256": (2.4, 1.9),
+    "baseline": (3.3, 4.7), "+AFPN": (3.5, 5.0), "+DGCB": (3.6, 5.0), "+SCRM": (3.6, 5.2), "+SE": (3.8, 5.2),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`macs` of convolutions and linear layers without the context gates' sliding kernels, `sliding` of those."""
+
+    name: str
+    parameters: int
+    macs: int
+    sliding: int
+    paper: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """AP, 0 to 1, of the float network, of int8 by calibration, and of int8 trained with its rounding."""
+
+    preset: str
+    data: str
+    people: int
+    float_ap: float
+    calibrated_ap: float
+    trained_ap: float
+
+
+# ---- costs
+@cache
+def cost_of_configuration(name: str, config: Config | TinyConfig) -> Cost:
+    """Counted on the module in evaluation mode, without memory for its weights."""
+    with torch.device("meta"):
+        module = SYSTEM.build(config).eval()
+        counts = {"macs": 0, "sliding": 0}
+
+        def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            assert isinstance(layer.weight, Tensor)
+            counts["sliding" if isinstance(layer, nn.Conv1d) else "macs"] += output.numel() * (layer.weight.numel() // layer.weight.shape[0])
+
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):
+                layer.register_forward_hook(count)
+        module(torch.zeros(SYSTEM.input_shape(config)))
+    return Cost(name, sum(parameter.numel() for parameter in module.parameters()), **counts, paper=PAPER.get(name))
+
+
+def costs() -> list[Cost]:
+    return [cost_of_configuration(name, config) for name, config in {**SYSTEM.presets, **ABLATION}.items()]
+
+
+# ---- training and quantising
+def learnt(preset: str, split: Split, config: TrainConfig, file: Path) -> tuple[nn.Module, QuantGraph, QuantGraph]:
+    """The float network, its form by calibration, and the form trained from there towards the float network's outputs."""
+    module, task, recipe = SYSTEM.network(preset, SEED), replace(SYSTEM.purpose(preset), augment=None), replace(load_recipe("portable"), observer="mse")
+    fit(module, split, config, checkpoint=Checkpoint(file, preset), task=task)
+    model = prepare_float(onnx_from_module(module, (torch.zeros(SYSTEM.input_shape(SYSTEM.configuration(preset))),), outputs=SYSTEM.outputs), {})
+    quantiser = PostTraining(model, Dataset({INPUT: split.x_train}, None, split.name), lambda text, share: None)
+    qat = replace(config, epochs=config.epochs // QAT_SHARE, learning_rate=config.learning_rate * QAT_RATE)
+    calibrated, _ = quantiser.graph(recipe)
+    return module, calibrated, quantiser.graph(recipe, lambda inner: fit(inner, split, qat, teacher=module, task=task))[0]
+
+
+def network_of(model: nn.Module | QuantGraph) -> Network:
+    if isinstance(model, nn.Module):
+        return lambda samples: predict(model, samples)
+
+    def run(samples: np.ndarray) -> list[np.ndarray]:
+        outputs = reference.run(model, {INPUT: model.inputs[0].quantise(samples)})
+        return [spec.dequantise(outputs[spec.name]) for spec in model.outputs]
+
+    return run
+
+
+# ---- measuring
+def ap_of_files(annotations: coco_keypoints.Annotations, folder: Path, network: Network, config: Config | TinyConfig) -> float:
+    """COCO's AP with the annotated boxes."""
+    image_of, found = coco_keypoints.images_in(folder, annotations), []
+    for image in dict.fromkeys(person.image for person in annotations.people):
+        boxes = np.stack([person.box for person in annotations.people if person.image == image])
+        people = joints_in_image(image_of(image), boxes, network, config.height, config.width, config.bins_per_pixel, config.input_channels == 5)
+        found += [
+            {"image_id": image, "category_id": 1, "keypoints": joints.reshape(-1).tolist(), "score": person_score(SURE, joints[:, 2])} for joints in people
+        ]
+    return key_point_scores(annotations.raw, found, annotations.skeleton)["AP"]
+
+
+def overfit_row(preset: str, root: Path, work: Path) -> Row:
+    config, annotations, split = SYSTEM.configuration(preset), coco_keypoints.one_file(root), SYSTEM.data(SEED, preset, root)
+    models = learnt(preset, split, BY_HEART[preset], work / f"by-heart-{preset}.pt")
+    return Row(preset, split.name, len(split.x_train), *(ap_of_files(annotations, root, network_of(model), config) for model in models))
+
+
+def figures_row(preset: str, work: Path) -> Row:
+    """Every part is the training part: what generalises is not asked here."""
+    drawn = SYSTEM.load_data(replace(SYSTEM.configuration(preset), figures=FIGURE_IMAGES), SEED, None)
+    x, y, task = drawn.x_train, drawn.y_train, SYSTEM.purpose(preset)
+    split = Split(f"{drawn.name}: the same {len(x)} people train, choose and judge", x, y, x, y, x, y, (), SEED)
+    models = learnt(preset, split, FIGURES[preset], work / f"figures-{preset}.pt")
+    return Row(preset, split.name, len(x), *(task.score(tuple(network_of(model)(x)), y) for model in models))
+
+
+def kept(file: Path, measure: Callable[[], Row]) -> Row:
+    """A row that an earlier run finished, or a new one."""
+    if not file.exists():
+        file.write_text(json.dumps(asdict(measure())))
+    return Row(**json.loads(file.read_text()))
+
+
+# ---- tables
+def cost_table(found: list[Cost]) -> str:
+    lines = ["| network | parameters | MACs | sliding kernels' MACs | paper: M parameters, G |", "|---|---|---|---|---|"]
+    for cost in found:
+        paper = f"{cost.paper[0]}, {cost.paper[1]}" if cost.paper else ""
+        lines.append(f"| {cost.name} | {cost.parameters:,} | {cost.macs:,} | {cost.sliding:,} | {paper} |")
+    return "\n".join(lines)
+
+
+def table(rows: list[Row]) -> str:
+    lines = ["| preset | judged on | AP float | AP int8, calibrated | AP int8, QAT |", "|---|---|---|---|---|"]
+    lines += [f"| {r.preset} | {r.data} | {r.float_ap:.3f} | {r.calibrated_ap:.3f} | {r.trained_ap:.3f} |" for r in rows]
+    return "\n".join(lines)
+
+
+def missed(by_heart: list[Row], figures: list[Row]) -> list[str]:
+    faults = [f"{row.preset}: AP {row.float_ap:.3f} by heart, promised {LEAST_AP}" for row in by_heart if row.float_ap < LEAST_AP]
+    lost = [(row, row.float_ap - row.trained_ap) for row in (*by_heart, *figures)]
+    return faults + [f"{row.preset}, {row.data}: int8 loses {drop:.3f} AP, promised at most {MOST_DROP}" for row, drop in lost if drop > MOST_DROP]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of one COCO key-point annotation file and its images")
+    parser.add_argument("--work", type=Path, help="where checkpoints are kept")
+    parser.add_argument("--only", default="costs,overfit,figures", help="parts, separated by commas")
+    parser.add_argument("--presets", default=",".join(SMALL))
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    parts, presets = given.only.split(","), given.presets.split(",")
+    if "overfit" in parts and given.data is None:
+        parser.error("part overfit needs --data")
+    with tempfile.TemporaryDirectory() as temporary:
+        work = given.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        counted = costs() if "costs" in parts else []
+        by_heart = [kept(work / f"by-heart-{p}.json", lambda p=p: overfit_row(p, given.data, work)) for p in presets] if "overfit" in parts else []
+        figures = [kept(work / f"figures-{p}.json", lambda p=p: figures_row(p, work)) for p in presets] if "figures" in parts else []
+    faults = missed(by_heart, figures)
+    if given.json:
+        described: dict[str, Any] = {"costs": counted, "overfit": by_heart, "figures": figures}
+        print(json.dumps({name: [asdict(row) for row in rows] for name, rows in described.items()} | {"missed": faults}, indent=1))
+    else:
+        print("\n\n".join([*([cost_table(counted)] if counted else []), *(table(rows) for rows in (by_heart, figures) if rows), *faults]))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
