@@ -44,7 +44,7 @@ from isthmus.train.zoo.pneumonia_kd import LABELS, SYSTEM, TAUGHT, Config, logit
 
 SPLIT_SEED, FOLDS = 0, 3
 METHODS = {"alone": 0, "KD": 1, "EKD": 3}  # teachers
-RECIPES = {"portable": {}, "portable, bias_correction": {"bias_correction": True}}  # what is changed in the portable recipe
+RECIPES: Mapping[str, Mapping[str, bool]] = {"portable": {}, "portable, bias_correction": {"bias_correction": True}}  # what is changed in the portable recipe
 COLLAPSED = 0.99  # of the decisions are one class
 
 

@@ -213,13 +213,20 @@ def without_doubles(people: np.ndarray, scores: np.ndarray, areas: np.ndarray, s
 
 # ---- all of it
 def joints_in_image(
-    image: np.ndarray, boxes: np.ndarray, network: Network, height: int, width: int, bins_per_pixel: int = 2, planes: bool = False
+    image: np.ndarray,
+    boxes: np.ndarray,
+    network: Network,
+    height: int,
+    width: int,
+    bins_per_pixel: int = 2,
+    planes: bool = False,
+    reach: int = REACH,
 ) -> np.ndarray:
     """The joints of the people in `boxes` (people, 4) of one image, (people, joints, 3): x and y in the image's pixels, confidence 0 to 1.
 
-    `network` takes crops (people, 3, height, width), 5 channels with `planes`, and gives logits of x and of y.
+    `network` takes crops (people, 3, height, width), 5 channels with `planes`, and gives logits of x and of y; `reach`: see `located`.
     """
     samples, crops = crops_of_people(image, boxes, height, width, planes)
     across, down = network(samples)
-    found = decoded(across, down, bins_per_pixel)
+    found = decoded(across, down, bins_per_pixel, reach)
     return np.stack([moved(joints, crop.to_image) for joints, crop in zip(found, crops, strict=True)])
