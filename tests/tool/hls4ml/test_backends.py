@@ -53,7 +53,9 @@ def test_the_wrapper_moves_what_the_boards_driver_sends(hls: Any, classifier: Bu
     given, made = (BeatLayout.from_json(side[name], specs[0].size, name) for name, specs in (("input", plan.inputs), ("output", plan.outputs)))
     samples = np.random.default_rng(5).integers(-128, 128, (20, *graph.inputs[0].shape[1:])).astype(np.int8)
     expected = reference.run(graph, {"image": samples})["logits"]
-    library = ctypes.CDLL(shutil.copy(folder / plan.artifact, tmp_path / "wrapper.so"))  # ctypes never unloads it: no other test opens this one
+    # ctypes never unloads it, so it is a library that no other test opens: its weights lie in the folder it is loaded from.
+    beside = shutil.copytree(folder, tmp_path / "copy") / plan.artifact
+    library = ctypes.CDLL(str(beside.rename(beside.with_name("wrapper.so"))))
     for sample, wanted in zip(samples, expected, strict=True):
         sent, received = np.zeros(given.buffer_bytes, np.uint8), np.full(made.buffer_bytes, 255, np.uint8)
         given.pack(np.ascontiguousarray(sample.transpose(1, 2, 0)), sent)
