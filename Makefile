@@ -25,7 +25,7 @@ test: $(STAMP)
 
 # What a device needs, in an environment that has only that: installs into a temporary folder.
 test-device: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(JOBS)
 
 # The device package under an emulated arm64: needs root, Debian's qemu-user-static and debootstrap, a network.
 test-arm64: $(STAMP)

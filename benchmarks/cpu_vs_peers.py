@@ -113,7 +113,7 @@ def _exported(module: nn.Module, example: Any) -> onnx.ModelProto:
 def peers(case: Case, folder: Path) -> dict[str, tuple[type[Session], Path]]:
     """Files by contestant, and the engine of each: ONNX, float and as ONNX Runtime's own quantiser makes it, and ExecuTorch's where it is here."""
     files = {kind: folder / f"{kind}.onnx" for kind in ("float", "uint8", "int8")}
-    onnx.save(case.model, files["float"])
+    onnx.save(_without_default_dilations(case.model), files["float"])
     for kind in ("uint8", "int8"):
         _quantised_by_onnxruntime(files["float"], files[kind], case, kind)
     theirs: dict[str, tuple[type[Session], Path]] = {}
@@ -128,6 +128,18 @@ def peers(case: Case, folder: Path) -> dict[str, tuple[type[Session], Path]]:
         "OpenVINO float": (OpenVinoSession, files["float"]),
         "OpenVINO uint8": (OpenVinoSession, files["uint8"]),
     }
+
+
+def _without_default_dilations(model: onnx.ModelProto) -> onnx.ModelProto:
+    """ONNX Runtime's fused int8 average pool refuses the attribute even where it says nothing, and with it the file that its quantiser wrote."""
+    stripped = onnx.ModelProto()
+    stripped.CopyFrom(model)
+    for node in stripped.graph.node:
+        kept = [one for one in node.attribute if one.name != "dilations" or set(one.ints) != {1}]
+        if node.op_type == "AveragePool" and len(kept) < len(node.attribute):
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return stripped
 
 
 def _quantised_by_onnxruntime(source: Path, target: Path, case: Case, activations: str) -> None:
