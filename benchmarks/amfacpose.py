@@ -4,9 +4,10 @@
 - costs: parameters and MACs of every preset and of the paper's ablation rows, beside the paper's figures; seconds.
 - overfit: FOLDER holds COCO key-point annotations and their images. The small presets learn its people by heart and are then judged on the image files:
   read, cropped, run, decoded, moved back, scored, pycocotools. AP on the people that were trained on checks the path and says nothing of quality.
+- boxes: the float networks of `overfit` once more, with a detector's boxes, which FOLDER holds too: cut otherwise, many of nobody, people found twice.
 - figures: the same by heart with synthetic stick figures, where no files are needed, judged crop by crop.
 
-For the last two: float, int8 by calibration, and int8 trained with the rounding (QAT, a quarter of the training's epochs); both by the portable
+For overfit and figures: float, int8 by calibration, and int8 trained with the rounding (QAT, a quarter of the training's epochs); both by the portable
 recipe, computed by the integer reference. Checkpoints and finished rows are kept in --work: a run that was stopped goes on. One seed each; half an
 hour on one core. Exit code 1 where a promise is missed.
 """
@@ -17,11 +18,11 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,10 +39,13 @@ from isthmus.train.checkpoint import Checkpoint
 from isthmus.train.data import Split, coco_keypoints
 from isthmus.train.loop import TrainConfig, fit, predict
 from isthmus.train.pose_metrics import SURE, key_point_scores
-from isthmus.train.processing.pose import REACH, Network, joints_in_image, person_score
+from isthmus.train.processing.pose import AREA_OF_BOX, REACH, Network, joints_in_image, person_score, without_doubles
+from isthmus.train.task import Task
 from isthmus.train.zoo.amfacpose import ABLATION, SYSTEM, Config, TinyConfig
 
 INPUT, SEED = "input", 0
+Boxes = Mapping[int, tuple[np.ndarray, np.ndarray]]  # image: (people, 4) x, y, width, height in its pixels, and how sure each is
+R = TypeVar("R", "Row", "BoxesRow")
 SMALL = ("tinypose_fpga", "ci")
 # By heart: the same people again and again, as they are. Epochs on the photographs and on the figures.
 BY_HEART = {"tinypose_fpga": TrainConfig(600, 12, 5e-3, 1e-2, SEED), "ci": TrainConfig(250, 12, 3e-3, 1e-2, SEED)}
@@ -80,6 +84,16 @@ class Row:
     likeliest_bin_ap: float | None = None
 
 
+@dataclass(frozen=True)
+class BoxesRow:
+    """AP, 0 to 1, of the float network on the photographs, with the annotated boxes and with a detector's, of which there are `boxes`."""
+
+    preset: str
+    annotated_ap: float
+    detected_ap: float
+    boxes: int
+
+
 # ---- costs
 @cache
 def cost_of_configuration(name: str, config: Config | TinyConfig) -> Cost:
@@ -104,10 +118,19 @@ def costs() -> list[Cost]:
 
 
 # ---- training and quantising
+def as_they_are(preset: str) -> Task:
+    return replace(SYSTEM.purpose(preset), augment=None)
+
+
+def by_heart(preset: str, split: Split, config: TrainConfig, file: Path) -> nn.Module:
+    module = SYSTEM.network(preset, SEED)
+    fit(module, split, config, checkpoint=Checkpoint(file, preset), task=as_they_are(preset))
+    return module
+
+
 def learnt(preset: str, split: Split, config: TrainConfig, file: Path) -> tuple[nn.Module, QuantGraph, QuantGraph]:
     """The float network, its form by calibration, and the form trained from there towards the float network's outputs."""
-    module, task, recipe = SYSTEM.network(preset, SEED), replace(SYSTEM.purpose(preset), augment=None), replace(load_recipe("portable"), observer="mse")
-    fit(module, split, config, checkpoint=Checkpoint(file, preset), task=task)
+    module, recipe, task = by_heart(preset, split, config, file), replace(load_recipe("portable"), observer="mse"), as_they_are(preset)
     model = prepare_float(onnx_from_module(module, (torch.zeros(SYSTEM.input_shape(SYSTEM.configuration(preset))),), outputs=SYSTEM.outputs), {})
     quantiser = PostTraining(model, Dataset({INPUT: split.x_train}, None, split.name), lambda text, share: None)
     qat = replace(config, epochs=config.epochs // QAT_SHARE, learning_rate=config.learning_rate * QAT_RATE)
@@ -127,23 +150,52 @@ def network_of(model: nn.Module | QuantGraph) -> Network:
 
 
 # ---- measuring
-def ap_of_files(annotations: coco_keypoints.Annotations, folder: Path, network: Network, config: Config | TinyConfig, reach: int = REACH) -> float:
-    """COCO's AP with the annotated boxes."""
+def annotated_boxes(annotations: coco_keypoints.Annotations) -> Boxes:
+    images = dict.fromkeys(person.image for person in annotations.people)
+    boxes = {image: np.stack([person.box for person in annotations.people if person.image == image]) for image in images}
+    return {image: (found, np.full(len(found), SURE)) for image, found in boxes.items()}
+
+
+def detected_boxes(folder: Path, annotations: coco_keypoints.Annotations) -> Boxes:
+    """Those of a detector, from the one file of the folder that holds a list of them, as COCO's own file of detections does."""
+    lists = [read for file in sorted(folder.glob("*.json")) if isinstance(read := json.loads(file.read_bytes()), list)]
+    if len(lists) != 1:
+        raise SystemExit(f"{folder}: holds {len(lists)} lists of detected boxes, expected one")
+    found: dict[int, list[Mapping[str, Any]]] = {}
+    for entry in lists[0]:
+        if entry["image_id"] in annotations.images:
+            found.setdefault(entry["image_id"], []).append(entry)
+    return {image: (np.array([one["bbox"] for one in entries]), np.array([one["score"] for one in entries])) for image, entries in found.items()}
+
+
+def ap_of_files(
+    annotations: coco_keypoints.Annotations, folder: Path, network: Network, config: Config | TinyConfig, boxes: Boxes, reach: int = REACH
+) -> float:
+    """COCO's AP of the people in `boxes`, whoever is found twice counted once."""
     image_of, found = coco_keypoints.images_in(folder, annotations), []
-    for image in dict.fromkeys(person.image for person in annotations.people):
-        boxes = np.stack([person.box for person in annotations.people if person.image == image])
-        people = joints_in_image(image_of(image), boxes, network, config.height, config.width, config.bins_per_pixel, config.input_channels == 5, reach)
-        found += [
-            {"image_id": image, "category_id": 1, "keypoints": joints.reshape(-1).tolist(), "score": person_score(SURE, joints[:, 2])} for joints in people
-        ]
+    for image, (places, sure) in boxes.items():
+        people = joints_in_image(image_of(image), places, network, config.height, config.width, config.bins_per_pixel, config.input_channels == 5, reach)
+        scores = np.array([person_score(own, joints[:, 2]) for own, joints in zip(sure, people, strict=True)])
+        for index in without_doubles(people, scores, AREA_OF_BOX * places[:, 2] * places[:, 3], annotations.skeleton):
+            found.append({"image_id": image, "category_id": 1, "keypoints": people[index].reshape(-1).tolist(), "score": float(scores[index])})
     return key_point_scores(annotations.raw, found, annotations.skeleton)["AP"]
 
 
 def overfit_row(preset: str, root: Path, work: Path) -> Row:
     config, annotations, split = SYSTEM.configuration(preset), coco_keypoints.one_file(root), SYSTEM.data(SEED, preset, root)
     models = learnt(preset, split, BY_HEART[preset], work / f"by-heart-{preset}.pt")
-    found = [ap_of_files(annotations, root, network_of(model), config) for model in models]
-    return Row(preset, split.name, len(split.x_train), *found, likeliest_bin_ap=ap_of_files(annotations, root, network_of(models[1]), config, reach=0))
+    boxes = annotated_boxes(annotations)
+    found = [ap_of_files(annotations, root, network_of(model), config, boxes) for model in models]
+    likeliest = ap_of_files(annotations, root, network_of(models[1]), config, boxes, reach=0)
+    return Row(preset, split.name, len(split.x_train), *found, likeliest_bin_ap=likeliest)
+
+
+def boxes_row(preset: str, root: Path, work: Path) -> BoxesRow:
+    config, annotations, split = SYSTEM.configuration(preset), coco_keypoints.one_file(root), SYSTEM.data(SEED, preset, root)
+    network = network_of(by_heart(preset, split, BY_HEART[preset], work / f"by-heart-{preset}.pt"))
+    annotated, detected = annotated_boxes(annotations), detected_boxes(root, annotations)
+    score = partial(ap_of_files, annotations, root, network, config)
+    return BoxesRow(preset, score(annotated), score(detected), sum(len(places) for places, _ in detected.values()))
 
 
 def figures_row(preset: str, work: Path) -> Row:
@@ -155,11 +207,11 @@ def figures_row(preset: str, work: Path) -> Row:
     return Row(preset, split.name, len(x), *(task.score(tuple(network_of(model)(x)), y) for model in models))
 
 
-def kept(file: Path, measure: Callable[[], Row]) -> Row:
+def kept(file: Path, form: type[R], measure: Callable[[], R]) -> R:
     """A row that an earlier run finished, or a new one."""
     if not file.exists():
         file.write_text(json.dumps(asdict(measure())))
-    return Row(**json.loads(file.read_text()))
+    return form(**json.loads(file.read_text()))
 
 
 # ---- tables
@@ -177,13 +229,18 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def boxes_table(rows: list[BoxesRow]) -> str:
+    lines = ["| preset | AP float, annotated boxes | AP float, the detector's boxes | detected boxes |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {r.preset} | {r.annotated_ap:.3f} | {r.detected_ap:.3f} | {r.boxes} |" for r in rows)])
+
+
 def _shown(score: float | None) -> str:
     return "" if score is None else f"{score:.3f}"
 
 
-def missed(by_heart: list[Row], figures: list[Row]) -> list[str]:
-    faults = [f"{row.preset}: AP {row.float_ap:.3f} by heart, promised {LEAST_AP}" for row in by_heart if row.float_ap < LEAST_AP]
-    lost = [(row, row.float_ap - row.trained_ap) for row in (*by_heart, *figures)]
+def missed(overfit: list[Row], figures: list[Row]) -> list[str]:
+    faults = [f"{row.preset}: AP {row.float_ap:.3f} by heart, promised {LEAST_AP}" for row in overfit if row.float_ap < LEAST_AP]
+    lost = [(row, row.float_ap - row.trained_ap) for row in (*overfit, *figures)]
     return faults + [f"{row.preset}, {row.data}: int8 loses {drop:.3f} AP, promised at most {MOST_DROP}" for row, drop in lost if drop > MOST_DROP]
 
 
@@ -191,25 +248,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of one COCO key-point annotation file and its images")
     parser.add_argument("--work", type=Path, help="where checkpoints are kept")
-    parser.add_argument("--only", default="costs,overfit,figures", help="parts, separated by commas")
+    parser.add_argument("--only", default="costs,overfit,boxes,figures", help="parts, separated by commas")
     parser.add_argument("--presets", default=",".join(SMALL))
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     parts, presets = given.only.split(","), given.presets.split(",")
-    if "overfit" in parts and given.data is None:
-        parser.error("part overfit needs --data")
+    if {"overfit", "boxes"} & set(parts) and given.data is None:
+        parser.error("parts overfit and boxes need --data")
     with tempfile.TemporaryDirectory() as temporary:
         work = given.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         counted = costs() if "costs" in parts else []
-        by_heart = [kept(work / f"by-heart-{p}.json", lambda p=p: overfit_row(p, given.data, work)) for p in presets] if "overfit" in parts else []
-        figures = [kept(work / f"figures-{p}.json", lambda p=p: figures_row(p, work)) for p in presets] if "figures" in parts else []
-    faults = missed(by_heart, figures)
+        overfit = [kept(work / f"by-heart-{p}.json", Row, lambda p=p: overfit_row(p, given.data, work)) for p in presets] if "overfit" in parts else []
+        boxes = [kept(work / f"boxes-{p}.json", BoxesRow, lambda p=p: boxes_row(p, given.data, work)) for p in presets] if "boxes" in parts else []
+        figures = [kept(work / f"figures-{p}.json", Row, lambda p=p: figures_row(p, work)) for p in presets] if "figures" in parts else []
+    faults = missed(overfit, figures)
     if given.json:
-        described: dict[str, Any] = {"costs": counted, "overfit": by_heart, "figures": figures}
+        described: dict[str, Any] = {"costs": counted, "overfit": overfit, "boxes": boxes, "figures": figures}
         print(json.dumps({name: [asdict(row) for row in rows] for name, rows in described.items()} | {"missed": faults}, indent=1))
     else:
-        print("\n\n".join([*([cost_table(counted)] if counted else []), *(table(rows) for rows in (by_heart, figures) if rows), *faults]))
+        tables = [shown(rows) for shown, rows in ((cost_table, counted), (table, overfit), (boxes_table, boxes), (table, figures)) if rows]
+        print("\n\n".join([*tables, *faults]))
     return 1 if faults else 0
 
 

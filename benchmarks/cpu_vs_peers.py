@@ -86,6 +86,7 @@ class Result:
 
     rows: tuple[Row, ...]
     taken: str
+    refused: Mapping[str, str]  # peers that cannot run the network, and what they say
 
     @property
     def fastest(self) -> Row:
@@ -128,6 +129,19 @@ def peers(case: Case, folder: Path) -> dict[str, tuple[type[Session], Path]]:
         "OpenVINO float": (OpenVinoSession, files["float"]),
         "OpenVINO uint8": (OpenVinoSession, files["uint8"]),
     }
+
+
+def refused_by(case: Case, files: Mapping[str, tuple[type[Session], Path]]) -> dict[str, str]:
+    """Peers that cannot run one sample, in their own words."""
+    inputs, outputs = _border(case.model)
+    found = {}
+    for name, (engine, file) in files.items():
+        try:
+            with engine(file, inputs, outputs, 1) as session:  # type: ignore[call-arg]
+                session.run({case.input: case.evaluation[:1]})
+        except (RuntimeError, isthmus.IsthmusError) as error:
+            found[name] = str(error).partition("\n")[0]
+    return found
 
 
 def _without_default_dilations(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -178,7 +192,7 @@ def _border(model: onnx.ModelProto) -> tuple[tuple[TensorSpec, ...], tuple[Tenso
 
 
 # ---- one network
-def measured(case: Case, threads: int, folder: Path, rules: Rules, files: Mapping[str, tuple[type[Session], Path]]) -> Result:
+def measured(case: Case, threads: int, folder: Path, rules: Rules, files: Mapping[str, tuple[type[Session], Path]], refused: Mapping[str, str]) -> Result:
     bundle = isthmus.compile(
         case.model,
         targets=["cpu", "rpi5"],
@@ -188,13 +202,14 @@ def measured(case: Case, threads: int, folder: Path, rules: Rules, files: Mappin
         output=folder / f"bundle-{threads}",
     )
     inputs, outputs = _border(case.model)
+    able = {name: one for name, one in files.items() if name not in refused}
     exact = run_float(case.model, {case.input: case.evaluation})
 
     def opened(stack: ExitStack) -> dict[str, Session]:
         return {
             TUNED: stack.enter_context(bundle.open_session("cpu", threads)),
             "LiteRT int8": stack.enter_context(bundle.open_session("rpi5", threads)),
-            **{name: stack.enter_context(engine(file, inputs, outputs, threads)) for name, (engine, file) in files.items()},  # type: ignore[call-arg]
+            **{name: stack.enter_context(engine(file, inputs, outputs, threads)) for name, (engine, file) in able.items()},  # type: ignore[call-arg]
         }
 
     with ExitStack() as stack:
@@ -206,7 +221,7 @@ def measured(case: Case, threads: int, folder: Path, rules: Rules, files: Mappin
     timed = {name: pooled([one[name] for one in rounds]) for name in shares}
     rows = [_row(case.name, threads, name, timed[TUNED], timed[name], *shares[name]) for name in timed]
     taken = next(one["candidate"] for one in bundle.artifact("cpu")["tuning"]["candidates"] if one["taken"])
-    return Result(tuple(rows), taken)
+    return Result(tuple(rows), taken, refused)
 
 
 def _feeds(session: Session, case: Case) -> list[dict[str, np.ndarray]]:
@@ -238,6 +253,8 @@ def markdown(results: Sequence[Result]) -> str:
             mark = "" if row is not result.fastest else "fastest peer" if result.holds else f"fastest peer; {FLOOR} MISSED"
             top1 = "" if row.top1 is None else f"{row.top1:.4f}"
             lines.append(f"| {row.network} | {row.threads} | {name} | {row.p50_ms:.3f} | {ratio} | {row.agreement:.2%} | {top1} | {mark} |")
+    unable = {(result.rows[0].network, name): said for result in results for name, said in result.refused.items()}
+    lines += ["", *(f"- {network}: {name} cannot run it: {said}" for (network, name), said in unable.items())] if unable else []
     return "\n".join(lines)
 
 
@@ -254,9 +271,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="isthmus-peers-") as place:
             case = case_of(name, given.data)
             files = peers(case, Path(place))
+            refused = refused_by(case, files)
             for threads in given.threads:
                 rules = Rules(min_count=given.min_count, min_duration_s=0.5, max_duration_s=10.0, percentile=50.0, threads=threads)
-                results.append(measured(case, threads, Path(place), rules, files))
+                results.append(measured(case, threads, Path(place), rules, files, refused))
                 print(f"{name}, {threads} threads: {results[-1].fastest.ratio:.3f}", file=sys.stderr, flush=True)
     print(markdown(results))
     print(f"\nload average at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; samples {EVALUATION}")

@@ -9,12 +9,14 @@ whole test part, which decides nothing.
 FOLDER holds pneumoniamnist/pneumoniamnist.npz, and chest_xray/ or cxr_pneumonia/ with {train,test}/{NORMAL,PNEUMONIA} (cxr224_subset.zip there is read
 too). The X-rays of all folders are divided anew into three folds, a patient in one of them: seed s tests on fold s, a tenth of the rest validates.
 
-Finished cells and the teachers' epochs are kept in --work: stop it at any moment and start it again. Prints Markdown tables of what is there.
+Finished cells, weights and the teachers' epochs are kept in --work: stop it at any moment and start it again; a cell whose .json is removed is quantised
+and judged anew from its weights. Prints Markdown tables of what is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -43,6 +45,7 @@ from isthmus.train.snapshots import Budget
 from isthmus.train.zoo.pneumonia_kd import LABELS, SYSTEM, TAUGHT, Config, logits, taught_split, train_teachers
 
 SPLIT_SEED, FOLDS = 0, 3
+CALIBRATION_SAMPLES = 128
 METHODS = {"alone": 0, "KD": 1, "EKD": 3}  # teachers
 RECIPES: Mapping[str, Mapping[str, bool]] = {"portable": {}, "portable, bias_correction": {"bias_correction": True}}  # what is changed in the portable recipe
 COLLAPSED = 0.99  # of the decisions are one class
@@ -67,7 +70,7 @@ class Case:
 
 CASES = (
     Case("PneumoniaMNIST", "teacher-28", 12, 0.1, {"student-28": 5}, {"student-28": 1e-3}),
-    Case("chest X-rays", "teacher", 7, 0.03, {"student": 3, "fpga-s": 15}, {"student": 1e-3, "fpga-s": 1e-2}, batch_size=8, train_images=240),
+    Case("chest X-rays", "teacher", 10, 0.03, {"student": 5, "fpga-s": 15}, {"student": 1e-3, "fpga-s": 1e-2}, batch_size=8, train_images=360),
 )
 
 
@@ -92,6 +95,7 @@ class Experiment:
         self.case, self.seed, self.data = case, seed, data
         self.folder = work / f"{case.data}-{seed}".lower().replace(" ", "-")
         self.budget = Budget(epochs=case.teacher_epochs, batch_size=case.batch_size, peak=case.peak)
+        self._teachers_name = f"teachers-{_digest([case.teacher, case.train_images, asdict(self.budget)])}"
         self._splits: dict[int, Split] = {}
 
     def cell(self, network: str, method: str) -> Cell:
@@ -139,13 +143,13 @@ class Experiment:
 
     def _taught(self) -> dict[str, np.ndarray]:
         """Logits of the three teachers, the best first, on each part: (3, N, 2)."""
-        kept = self.folder / f"teachers-{self.case.teacher_epochs}.npz"
+        kept = self.folder / f"{self._teachers_name}.npz"
         if kept.is_file():
             with np.load(kept) as stored:
                 return dict(stored)
         split, config = self._split(self.case.teacher), SYSTEM.configuration(self.case.teacher)
         assert isinstance(config, Config)
-        phases, started = self.folder / f"phases-{self.case.teacher_epochs}", time.process_time()
+        phases, started = self.folder / self._teachers_name, time.process_time()
         teachers = train_teachers(config, split, self.budget, self.seed, _say, phases, self.case.teacher)
         found = {part: np.stack([logits(teacher, getattr(split, f"x_{part}")) for teacher in teachers]) for part in ("train", "val", "test")}
         np.savez(kept, **found)  # type: ignore[arg-type]  # numpy's stub confuses **arrays with allow_pickle
@@ -166,12 +170,17 @@ class Experiment:
             taught = self._taught()
             learned, task = taught_split(split, *(list(taught[part][: METHODS[method]]) for part in ("train", "val"))), TAUGHT
         module = SYSTEM.network(preset, self.seed)
-        config = TrainConfig(self.case.epochs[preset], self.case.batch_size, self.case.learning_rate[preset], weight_decay=0.0, seed=self.seed)
-        checkpoint = Checkpoint(self.folder / f"{preset}-{method}.pt".lower(), f"{preset} {method}")
-        fit(module, learned, config, _say, checkpoint=checkpoint, task=task)
-        cell = _judged(probabilities(logits(module, split.x_test)), split.y_test, self._int8_accuracy(preset, module, split))
-        checkpoint.file.unlink()
-        return cell
+        name = f"{preset}-{method}-{_digest(self._settings(preset, method))}".lower()
+        weights = self.folder / f"{name}.weights"
+        if weights.is_file():
+            module.load_state_dict(torch.load(weights, weights_only=True))
+        else:
+            config = TrainConfig(self.case.epochs[preset], self.case.batch_size, self.case.learning_rate[preset], weight_decay=0.0, seed=self.seed)
+            checkpoint = Checkpoint(self.folder / f"{name}.pt", f"{preset} {method}")
+            fit(module, learned, config, _say, checkpoint=checkpoint, task=task)
+            torch.save(module.state_dict(), weights)
+            checkpoint.file.unlink()
+        return _judged(probabilities(logits(module, split.x_test)), split.y_test, self._int8_accuracy(preset, module, split))
 
     def _int8_accuracy(self, preset: str, module: torch.nn.Module, split: Split) -> dict[str, float]:
         example = torch.zeros(SYSTEM.input_shape(SYSTEM.configuration(preset)))
@@ -179,7 +188,7 @@ class Experiment:
         calibration = Dataset({model.graph.input[0].name: split.x_train}, split.y_train, "training part")
         quantiser, found = PostTraining(model, calibration, _say), {}
         for name, changed in RECIPES.items():
-            graph = quantiser.graph(replace(load_recipe("portable"), name=name, seed=self.seed, **changed))[0]
+            graph = quantiser.graph(replace(load_recipe("portable"), name=name, seed=self.seed, calibration_samples=CALIBRATION_SAMPLES, **changed))[0]
             with tempfile.TemporaryDirectory() as folder:
                 bundle = isthmus.compile(graph, targets=["cpu"], tune=False, output=Path(folder) / "bundle")
                 with bundle.open_session("cpu") as session:
@@ -187,6 +196,11 @@ class Experiment:
                     scores = session.run_samples({border.name: border.quantise(split.x_test)})[graph.outputs[0].name]
             found[name] = float((scores.argmax(axis=1) == split.y_test).mean())
         return found
+
+
+def _digest(settings: object) -> str:
+    """What a file of other settings is told apart by."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _judged(found: np.ndarray, labels: np.ndarray, int8_accuracy: Mapping[str, float]) -> Cell:

@@ -98,25 +98,39 @@ def verify_layers(bundle: Bundle, profile: str) -> LayerReport:
     feeds = {name.partition("/")[2]: array for name, array in bundle.golden(profile).items() if name.startswith("input/")}
     if entry["engine"] == "null":
         raise IsthmusError(f"{profile}: computes nothing, so there are no layers to compare")
-    exposed = _exposed(bundle, profile, entry, graph)
-    if exposed is None:
+    report = inside(bundle.folder(profile), profile, entry, graph, feeds)
+    if report is None:
         if not entry["runs_here"]:
             raise IsthmusError(f"{profile}: its artifact needs its board, and holds no lowered graph that could run here")
-        return _in_parts(bundle, profile, entry, graph, feeds)
+        return _in_parts(profile, entry, graph, feeds)
+    return report
+
+
+# ---- inside the artifact
+def inside(
+    place: Path, profile: str, entry: Mapping[str, Any], graph: QuantGraph, feeds: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray] | None = None
+) -> LayerReport | None:
+    """The report of the artifact in folder `place` on raw inputs `feeds`; None where it cannot show its inside.
+
+    With `outputs`, what the artifact itself gave for `feeds`, these stand in for the copy's: then the layers also explain what the artifact, which may
+    merge what the copy keeps apart, computes.
+    """
+    exposed = _exposed(place, entry, graph)
+    if exposed is None:
+        return None
     exposure, engine, how = exposed
     with tempfile.TemporaryDirectory(prefix="isthmus-layers-") as folder:
         artifact = Path(entry["artifact"]).name if engine == entry["engine"] else GRAPH_FILE
         (Path(folder) / artifact).write_bytes(exposure.content)
         described = _described(entry, graph, exposure, artifact, engine)
         with import_module(f"isthmus.runtimes.{engine}").open_session(Path(folder), described, 1) as session:
-            layers, unseen = _inside(session, exposure, graph, feeds, entry)
+            layers, unseen = _compared_inside(session, exposure, graph, {**feeds, **(outputs or {})}, entry)
     return LayerReport(profile, "inside", how, entry.get("why_lsb", ""), layers, unseen)
 
 
-# ---- inside the artifact
-def _exposed(bundle: Bundle, profile: str, entry: Mapping[str, Any], graph: QuantGraph) -> tuple[Exposure, str, str] | None:
+def _exposed(folder: Path, entry: Mapping[str, Any], graph: QuantGraph) -> tuple[Exposure, str, str] | None:
     """The copy, the engine that opens it, and a sentence; None where the artifact cannot show its inside."""
-    engine, folder = str(entry["engine"]), bundle.folder(profile)
+    engine = str(entry["engine"])
     if engine == "tflite":
         content = (folder / entry["artifact"]).read_bytes()
         exposure: Exposure = import_module("isthmus.targets.tflite.expose").expose(content, graph, entry.get("options", {}))
@@ -145,13 +159,15 @@ def _described(entry: Mapping[str, Any], graph: QuantGraph, exposure: Exposure, 
     return {**entry, "artifact": artifact, "options": options, **{side: [spec.to_json() for spec in specs] for side, specs in sides.items()}}
 
 
-def _inside(
-    session: Session, exposure: Exposure, graph: QuantGraph, feeds: Mapping[str, np.ndarray], entry: Mapping[str, Any]
+def _compared_inside(
+    session: Session, exposure: Exposure, graph: QuantGraph, arrays: Mapping[str, np.ndarray], entry: Mapping[str, Any]
 ) -> tuple[tuple[LayerComparison, ...], tuple[str, ...]]:
+    """`arrays`: every input of the graph, and outputs that replace the session's."""
     found: dict[str, LayerComparison] = {}
-    for part in _chunks(graph, feeds):
-        given = _engine_values(session.run_samples(part), exposure, graph) | _fed(graph, part)
-        expected = reference.run_all(graph, part)
+    for part in _chunks(graph, arrays):
+        feeds = {spec.name: part[spec.name] for spec in graph.inputs}
+        given = _engine_values({**session.run_samples(feeds), **part}, exposure, graph) | _fed(graph, feeds)
+        expected = reference.run_all(graph, feeds)
         for layer in _compared(graph, given, expected, entry):
             name = layer.own.tensor
             found[name] = layer if name not in found else _joined(found[name], layer)
@@ -181,9 +197,10 @@ def _compared(graph: QuantGraph, given: Values, expected: Values, entry: Mapping
                 continue
             nodes = _between(graph, name, given)
             own = reference.run_nodes(graph, nodes, given)[name]
-            spec, allowed, tolerance = graph.tensors[name], entry["max_lsb_allowed"], entry["float_tolerance"]
+            spec, carried, tolerance = graph.tensors[name], entry["max_lsb_allowed"], entry["float_tolerance"]
+            allowed = entry.get("layer_lsb_allowed", carried)
             label = "+".join(dict.fromkeys(part.op for part in nodes if part.kind != "border" and part.inputs)) or node.op
-            comparisons = (compare_output(spec, against, given[name], allowed, tolerance) for against in (own, expected[name]))
+            comparisons = (compare_output(spec, against, given[name], most, tolerance) for against, most in ((own, allowed), (expected[name], carried)))
             yield LayerComparison(_layer_name(nodes), label, *comparisons)
 
 
@@ -209,13 +226,17 @@ def _computed(graph: QuantGraph, tensor: str) -> bool:
     return producer is not None and bool(producer.inputs) and tensor not in {graph.raw_input(index) for index in range(len(graph.inputs))}
 
 
-def _chunks(graph: QuantGraph, feeds: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    """All samples, as many at once as their activations leave room for; the reference's sums are as wide as eight int8 values."""
+def _chunks(graph: QuantGraph, arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """All samples of inputs and outputs, as many at once as their activations leave room for; the reference's sums are as wide as eight int8 values."""
     one = sum(spec.size for spec in graph.tensors.values()) * 4
-    times = len(feeds[graph.inputs[0].name]) // graph.inputs[0].shape[0]
+    times = len(arrays[graph.inputs[0].name]) // graph.inputs[0].shape[0]
     step = max(1, CHUNK_BYTES // one)
     for start in range(0, times, step):
-        yield {spec.name: feeds[spec.name][start * spec.shape[0] : (start + step) * spec.shape[0]] for spec in graph.inputs}
+        yield {
+            spec.name: arrays[spec.name][start * spec.shape[0] : (start + step) * spec.shape[0]]
+            for spec in (*graph.inputs, *graph.outputs)
+            if spec.name in arrays
+        }
 
 
 def _joined(first: LayerComparison, second: LayerComparison) -> LayerComparison:
@@ -229,7 +250,7 @@ def _sum(a: Comparison, b: Comparison) -> Comparison:
 
 
 # ---- layers built apart
-def _in_parts(bundle: Bundle, profile: str, entry: Mapping[str, Any], graph: QuantGraph, feeds: Mapping[str, np.ndarray]) -> LayerReport:
+def _in_parts(profile: str, entry: Mapping[str, Any], graph: QuantGraph, feeds: Mapping[str, np.ndarray]) -> LayerReport:
     board = load_profile(profile)
     target = load_target(board.target)
     options = {name: value for name, value in entry.get("options", {}).items() if name in target.options}

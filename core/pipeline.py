@@ -115,9 +115,10 @@ def compile(  # noqa: A001  # the public name is the verb; nobody imports it bar
         for name, entry in entries.items():
             if entry["runs_here"]:
                 tell(f"{name}: verifying against the reference", None)
-                check_artifact(writer.folder / "artifacts" / name, name, entry, graph.outputs, golden, judge)
+                check_artifact(writer.folder / "artifacts" / name, name, entry, graph.outputs, golden, judge, graph)
         if tune and halves is None:
-            entries |= _tuned(source, graph, golden, calibration, evaluation, max_drop, jobs, entries, writer.folder / "artifacts", threads, tell)
+            given = source if judge is not None else replace(source, score=None)
+            entries |= _tuned(given, graph, golden, calibration, evaluation, max_drop, jobs, entries, writer.folder / "artifacts", threads, tell)
         manifest = {
             "name": source.name,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -296,9 +297,8 @@ def _tuned(
     found = {}
     for job in jobs:
         if job.target.name == TUNED_TARGET and not job.chosen:
-            found[job.profile.name] = Tuning(graph, golden, evaluation, quantiser, source.float_model, max_drop, job, threads, say).run(
-                entries[job.profile.name], artifacts / job.profile.name
-            )
+            tuning = Tuning(graph, golden, evaluation, quantiser, source.float_model, max_drop, job, threads, say, source.score)
+            found[job.profile.name] = tuning.run(entries[job.profile.name], artifacts / job.profile.name)
     return found
 
 

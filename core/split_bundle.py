@@ -66,7 +66,7 @@ def build_split(halves: Halves, job: Job, golden: Golden, folder: Path) -> dict[
         graph.save(folder / name / FORM_FILE)
         save_golden(folder / name / GOLDEN_FILE, half)
         if entry["runs_here"]:
-            check_artifact(folder / name, f"{job.profile.name}, {name} part", entry, graph.outputs, half)
+            check_artifact(folder / name, f"{job.profile.name}, {name} part", entry, graph.outputs, half, graph=graph)
             entry["accuracy"] = None  # a half decides nothing
         parts.append({"folder": name, "profile": own.profile.name, **entry})
     chain = {"schema": 1, "cut": list(halves.tensors), "parts": [{key: part[key] for key in ("folder", "profile", "engine", "artifact")} for part in parts]}

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -45,7 +46,7 @@ from isthmus.post_training import PostTraining
 from isthmus.recipe import Recipe
 from isthmus.registry import load_target
 from isthmus.session import Session
-from isthmus.source import Say
+from isthmus.source import Say, Score
 from isthmus.spec import TensorSpec
 from isthmus.tools import find_tool
 
@@ -58,6 +59,7 @@ RULES = Rules(min_count=200, min_duration_s=0.2, max_duration_s=1.0, max_warmup_
 FINAL_RULES = replace(RULES, min_duration_s=0.5, max_duration_s=2.0)
 FINAL_ROUNDS = 3
 LEAST_COUNT = 16  # of runs
+ROOM = 1.5  # a run may take so many times as long as while the candidate was judged
 FLOAT_TOLERANCE = 1e-3  # of a float model: optimised kernels add in another order, layer after layer
 FLOAT = "float"
 FLOAT_FILE, FORM_FILE, GOLDEN_FILE = "model.onnx", "form.onnx", "golden.npz"
@@ -83,6 +85,8 @@ WAYS = (
 
 # Seven bits open the fastest kernels of these two on x86 without VNNI (targets/cpu/weighted.py); LiteRT needs none, and gains nothing.
 WAYS_OF = {8: WAYS, 7: (WAYS[0], WAYS[2])}
+# Of the float model as it is; their tool is the engine's name in `runtimes/` too. LiteRT has no reader of ONNX.
+WAYS_OF_FLOAT = (replace(WAYS[0], options={"optimisation": "all"}), replace(WAYS[2], options={}))
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class _Candidate:
     folder: Path = Path()
     refused: str = ""
     score: float | None = None
+    run_s: float = 0.0  # of one run, roughly: taken while it was judged
     measurement: Measurement | None = None
     ratio: tuple[float, float, float] | None = None
 
@@ -133,6 +138,7 @@ class Tuning:
 
     The truth that candidates are judged by: labels; without them the float model's decisions; without that the compiled form's. A candidate may
     lie at most `MAX_DROP` below the compiled form's reference; where `--recipe auto` was given a `max_drop`, at most that below the float model.
+    Where the task decides no class, `task` says in the entry what the artifact's outputs are worth; the choice stays one by decisions and values.
     """
 
     def __init__(
@@ -146,8 +152,9 @@ class Tuning:
         job: Job,
         threads: int,
         say: Say,
+        task: Score | None = None,
     ) -> None:
-        self.threads = threads
+        self.threads, self.task = threads, task
         self.graph, self.evaluation, self.quantiser, self.float_model, self.job, self.say = graph, evaluation, quantiser, float_model, job, say
         self.real = real_samples(graph, evaluation)
         self.form = _Form(_title(graph.recipe.scheme, graph.recipe.weight_bits), graph, graph.inputs, graph.outputs, golden)
@@ -181,7 +188,9 @@ class Tuning:
                 continue
             found += [self._built(way, form, place) for way in WAYS_OF[recipe.weight_bits]]
         if self.float_model is not None and self.evaluation is not None:
-            found.append(self._float(place))
+            inputs, outputs = (tuple(TensorSpec(spec.name, spec.shape, "float32") for spec in side) for side in (self.graph.inputs, self.graph.outputs))
+            form = _Form(FLOAT, None, inputs, outputs, self._float_golden(COMPARED_SAMPLES))
+            found += [self._float(way, form, place) for way in WAYS_OF_FLOAT]
         return found
 
     def _recipes(self) -> list[Recipe]:
@@ -213,24 +222,32 @@ class Tuning:
                 return candidate
             job = Job(self.job.profile, target, target.with_defaults(way.options))
             candidate.entry = build(form.graph, job, candidate.folder)
-            check_artifact(candidate.folder, candidate.name, candidate.entry, form.outputs, form.golden)
+            judge = self._worth(form) if form is self.form else None  # others are asked with all golden samples, if they are taken
+            check_artifact(candidate.folder, candidate.name, candidate.entry, form.outputs, form.golden, judge, form.graph)
         except IsthmusError as error:
             candidate.refused = str(error)
         return candidate
 
-    def _float(self, place: Path) -> _Candidate:
+    def _worth(self, form: _Form) -> Callable[[Golden], float] | None:
+        """What raw outputs in the numbers of `form` for all golden samples are worth to the task."""
+        task = self.task
+        return None if task is None else lambda raw: task.of(list(_real_numbers(form.outputs, raw, self.real).values()))
+
+    def _float(self, way: _Way, form: _Form, place: Path) -> _Candidate:
         """The float model as it is. It is compared with itself, node by node, without ONNX Runtime's optimiser."""
-        assert self.float_model is not None and self.evaluation is not None
-        inputs, outputs = (tuple(TensorSpec(spec.name, spec.shape, "float32") for spec in side) for side in (self.graph.inputs, self.graph.outputs))
-        form = _Form(FLOAT, None, inputs, outputs, self._float_golden(COMPARED_SAMPLES))
-        candidate = _Candidate(f"{WAYS[0].engine}, {FLOAT}", WAYS[0].engine, form, folder=place / FLOAT)
+        assert self.float_model is not None
+        candidate = _Candidate(f"{way.engine}, {FLOAT}", way.engine, form, folder=place / f"{way.engine}, {FLOAT}")
+        tool = find_tool(way.tool)
+        if not tool.found:
+            candidate.refused = f"{way.engine} is not here: {tool.fix}"
+            return candidate
         content = self.float_model.SerializeToString(deterministic=True)
         why = "the float model: compared with itself without optimisation"
-        plan = BuildPlan({FLOAT_FILE: content}, (), FLOAT_FILE, "onnxruntime", inputs, outputs, notes=(why,), options={"optimisation": "all"})
+        plan = BuildPlan({FLOAT_FILE: content}, (), FLOAT_FILE, way.tool, form.inputs, form.outputs, notes=(why,), options=way.options)
         candidate.folder.mkdir()
         try:
             candidate.entry = manifest_entry(plan, self.job, execute(plan, candidate.folder), candidate.folder, FLOAT_TOLERANCE)
-            check_artifact(candidate.folder, candidate.name, candidate.entry, outputs, form.golden)
+            check_artifact(candidate.folder, candidate.name, candidate.entry, form.outputs, form.golden)
         except IsthmusError as error:
             candidate.refused = str(error)
         return candidate
@@ -245,7 +262,9 @@ class Tuning:
     # ---- judging and timing
     def _judged(self, candidate: _Candidate) -> None:
         with _opened(candidate) as session:
+            begun = time.perf_counter()
             candidate.score = self.judge.score(session, candidate.form or self.form)
+            candidate.run_s = (time.perf_counter() - begun) / self.judge.runs
         if not self.judge.holds(candidate.score):
             candidate.refused = f"{self.judge.metric} {candidate.score:.4f} is below {self.judge.least:.4f}"
 
@@ -298,7 +317,7 @@ class Tuning:
             return True
         golden = self._float_golden(self.real) if form.graph is None else make_golden(form.graph, self.evaluation)
         try:
-            check_artifact(candidate.folder, candidate.name, entry, form.outputs, golden)
+            check_artifact(candidate.folder, candidate.name, entry, form.outputs, golden, self._worth(form), form.graph)
         except IsthmusError as error:
             candidate.refused = str(error)
             return False
@@ -342,6 +361,7 @@ class _Judge:
     def __init__(self, form: _Form, evaluation: Dataset | None, real: int, float_model: onnx.ModelProto | None, max_drop: float | None) -> None:
         self.golden, self.evaluation, self.real = form.golden, evaluation, real
         self.labels = form.golden["label"][:real]
+        self.runs = max(1, (real or len(form.golden["label"])) // form.inputs[0].shape[0])  # that `score` takes
         floats: Mapping[str, np.ndarray] = {}
         if float_model is not None and evaluation is not None and real:
             floats = run_float(float_model, {name: array[:real] for name, array in evaluation.samples.items()})
@@ -407,6 +427,8 @@ def _opened(candidate: _Candidate, threads: int = 1) -> Session:
 
 
 def _measured(candidates: Sequence[_Candidate], rules: Rules, rounds: int = 1) -> dict[str, Measurement]:
+    """All stop with the first that meets the time limit, so the limit is one in which the slowest has its samples."""
+    rules = replace(rules, max_duration_s=max(rules.max_duration_s, ROOM * LEAST_COUNT * max(one.run_s for one in candidates)))
     found = [_measured_once(candidates, rules) for _ in range(rounds)]
     return {one.name: pooled([measured[one.name] for measured in found]) for one in candidates}
 

@@ -84,6 +84,9 @@ def _source(system: ZooSystem, preset: str, module: nn.Module, split: Split, not
     from isthmus.export.prepare import prepare_float
 
     task, example = system.purpose(preset), _example(system, preset)
+    # A bundle keeps the first samples alone where there are many, and some sets have their classes one after the other.
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(split.x_test))
+    x_test, y_test = split.x_test[order], split.y_test[order]
     model = prepare_float(_float_onnx(module, example, system.outputs), {})
     calibration = Dataset({INPUT: split.x_train}, _labels(task, split.y_train), f"{split.name}: training part")
     graph = None
@@ -96,8 +99,8 @@ def _source(system: ZooSystem, preset: str, module: nn.Module, split: Split, not
         graph=graph,
         calibration=calibration,
         selection=Dataset({INPUT: split.x_val}, _labels(task, split.y_val), f"{split.name}: validation part"),
-        evaluation=Dataset({INPUT: split.x_test}, _labels(task, split.y_test), f"{split.name}: test part"),
-        score=None if task.labels is not None else _score(task, split.y_test),
+        evaluation=Dataset({INPUT: x_test}, _labels(task, y_test), f"{split.name}: test part"),
+        score=None if task.labels is not None else _score(task, y_test),
         notes=tuple(notes),
         train=lambda data, chosen, tell: train_module(module, [example], ([INPUT], system.outputs), data, chosen, tell),
     )

@@ -109,24 +109,28 @@ def _onnx(opened: _Opened, profile: str, entry: Mapping[str, Any]) -> str:
 
 
 def _tflite(opened: _Opened, profile: str, entry: Mapping[str, Any]) -> str:
-    return f"{_agreement(entry)}, {_latency(opened, profile)}"
+    return f"{agreement(entry)}, {_latency(opened, profile)}"
 
 
 def _tensorrt(opened: _Opened, profile: str, entry: Mapping[str, Any]) -> str:
-    checked = any(step["status"] == "done" and "TensorRT-RTX" in step["detail"] for step in entry["steps"])
     found = estimates_on(str(opened.bundle.root), opened.graph, JETSONS)
     likely = [min((one.latency_s[1] for one in estimates if one.latency_s and "super" not in one.label), default=None)
               if not isinstance(estimates, str) else None for estimates in found.values()]  # fmt: skip
     times = " / ".join(NONE if seconds is None else f"{1e3 * seconds:.2g}" for seconds in likely)
-    return f"{'compiles' if checked else 'not compiled here'}; {times} ms predicted"
+    return f"{compiled_by_tensorrt(entry)}; {times} ms predicted"
+
+
+def compiled_by_tensorrt(entry: Mapping[str, Any]) -> str:
+    """Whether TensorRT-RTX took a Jetson's graph when it was compiled."""
+    return "compiles" if any(step["status"] == "done" and "TensorRT-RTX" in step["detail"] for step in entry["steps"]) else "not compiled here"
 
 
 def _hls4ml(opened: _Opened, profile: str, entry: Mapping[str, Any]) -> str:
     part = f" up to {', '.join(entry['cut'])}" if "cut" in entry else ""
-    return f"{_agreement(entry)}{part}, {profile}" if entry["verification"] else f"converted{part} for {profile}, not simulated"
+    return f"{agreement(entry)}{part}, {profile}" if entry["verification"] else f"converted{part} for {profile}, not simulated"
 
 
-def _agreement(entry: Mapping[str, Any]) -> str:
+def agreement(entry: Mapping[str, Any]) -> str:
     """How the artifact's outputs agreed with the integer reference when it was compiled."""
     compared = sum(one["compared"] for one in entry["verification"])
     unequal = sum(one["mismatched"] for one in entry["verification"])
@@ -152,9 +156,13 @@ def text_table(rows: Sequence[Row]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    lines = [HEADER, ["---"] * 2 + ["---:"] * 4 + ["---"] * 4, *(_cells(row) for row in rows)]
-    table = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return "\n".join([*table, "", *(f"- {line}" for line in explained(rows))])
+    table = markdown([HEADER, ["---"] * 2 + ["---:"] * 4 + ["---"] * 4, *(_cells(row) for row in rows)])
+    return "\n".join([table, "", *(f"- {line}" for line in explained(rows))])
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as a table; the second line is the rule."""
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def rows_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

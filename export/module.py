@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import warnings
@@ -15,6 +16,7 @@ import numpy as np
 import onnx
 import torch
 from onnxscript.optimizer import fold_constants, remove_unused_nodes
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from isthmus.errors import IsthmusError
 from isthmus.export.pt2 import load_pt2
@@ -69,9 +71,10 @@ def _onnx(program: torch.export.ExportedProgram, subject: str, as_written: bool 
     if len(outputs) != len(program.graph_signature.user_outputs):
         raise IsthmusError(f"{subject} has {len(program.graph_signature.user_outputs)} outputs, named are {', '.join(outputs)}; name each of them")
     try:
-        exported = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs, verbose=False, optimize=not as_written
-        )
+        with _operators_read_once():
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs, verbose=False, optimize=not as_written
+            )
     except Exception as error:
         raise IsthmusError(f"{subject} cannot be exported to ONNX: {_reason(error)}; replace this operator, or export it to ONNX yourself") from error
     if exported is None:
@@ -109,6 +112,20 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+_operators = functools.cache(ONNXRegistry.from_torchlib)
+
+
+@contextlib.contextmanager
+def _operators_read_once() -> Iterator[None]:
+    """torch 2.13 parses the source of all its operators' translations anew for each export: half the time of a small network's."""
+    own = ONNXRegistry.__dict__["from_torchlib"]
+    ONNXRegistry.from_torchlib = staticmethod(_operators)  # type: ignore[method-assign]  # a registry is read alone unless an export is given translations
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = own  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from isthmus.export.rewrites.grayscale_into_conv import GrayscaleIntoConv
 from isthmus.export.rewrites.grid_sample_to_gathers import GridSampleToGathers
 from isthmus.export.rewrites.linear_as_gemm import GemmNormalForm, MatMulAddToGemm
 from isthmus.export.rewrites.mean_to_pool import ReductionsToPools
+from isthmus.export.rewrites.norm_behind_relu import NormBehindRelu
 from isthmus.export.rewrites.normalisation_into_conv import NormalisationIntoConv
 from isthmus.export.rewrites.pool_before_pointwise import PoolBeforePointwise
 from isthmus.export.rewrites.reshape_chain import ReshapeChain
@@ -32,6 +33,7 @@ EXACT_REWRITES: tuple[type[NodeRewrite], ...] = (
     ReductionsToPools,
     BilinearToAveragePool,
     GrayscaleIntoConv,
+    NormBehindRelu,  # before the next would take factor and shift forward
     ScaleIntoWeights,
     BatchNormToConv,  # what no layer took
     SingleTokenAttention,

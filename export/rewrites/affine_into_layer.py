@@ -16,10 +16,9 @@ from isthmus.export.rewrites.linear_as_gemm import NORMAL
 class AffineIntoLayer(NodeRewrite):
     def rewrite(self, graph: ir.Graph, node: ir.Node) -> bool:
         weight, bias = constant(input_at(node, 1)), constant(input_at(node, 2))
-        plain = node.op_type in ("Conv", "ConvTranspose") or (node.op_type == "Gemm" and attributes_of(node) == NORMAL)
-        reader = only_reader(node.outputs[0]) if plain and weight is not None else None
+        reader = only_reader(node.outputs[0]) if takes_affine(node) else None
         found = affine(reader) if reader is not None else None
-        if weight is None or reader is None or found is None or found[0] is not node.outputs[0] or (bias is None and input_at(node, 2) is not None):
+        if weight is None or reader is None or found is None or found[0] is not node.outputs[0]:
             return False
         _, factor, shift = found
         scaled = weight.astype(np.float64) * _per_weight(node, weight, factor)
@@ -30,6 +29,13 @@ class AffineIntoLayer(NodeRewrite):
             inputs.append(add_constant(graph, f"{label}_bias", np.asarray(moved, np.float32)))
         replace(graph, [node, reader], [new_node(node.op_type, inputs, attributes_of(node), node.name)])
         return True
+
+
+def takes_affine(node: ir.Node) -> bool:
+    """Whether `node` is a layer whose weights, and bias if it has one, are constants."""
+    plain = node.op_type in ("Conv", "ConvTranspose") or (node.op_type == "Gemm" and attributes_of(node) == NORMAL)
+    held = [value for value in (input_at(node, 1), input_at(node, 2)) if value is not None]
+    return plain and bool(held) and all(constant(value) is not None for value in held)
 
 
 def _per_weight(node: ir.Node, weight: np.ndarray, factor: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ class ScaleIntoWeights(NodeRewrite):
         source, factor, shift = found
         result = node.outputs[0]
         readers = [use.node for use in result.uses()]
-        if result.is_graph_output() or not readers or not all(_can_take(reader, result, shift is not None) for reader in readers):
+        if result.is_graph_output() or not readers or not all(can_take(reader, result, shift is not None) for reader in readers):
             return False
         for reader in readers:
             _fold(graph, reader, source, factor, shift)
@@ -30,7 +30,8 @@ class ScaleIntoWeights(NodeRewrite):
         return True
 
 
-def _can_take(reader: ir.Node, value: ir.Value, shifts: bool) -> bool:
+def can_take(reader: ir.Node, value: ir.Value, shifts: bool) -> bool:
+    """Whether a factor of `value`, and with `shifts` a shift, can go into the constant weights of `reader`."""
     if reader.op_type not in LINEAR or reader.inputs[0] is not value or constant(input_at(reader, 1)) is None:
         return False
     if any(position > 0 and held is value for position, held in enumerate(reader.inputs)):

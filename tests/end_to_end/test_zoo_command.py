@@ -67,6 +67,8 @@ def test_from_a_training_to_a_row_of_the_table(command, tmp_path: Path, monkeypa
     code, out, err = command("compile", tmp_path / "checkpoint.pt", *words)
     assert code == 0 and "checkpoint.pt after 3 epochs with TrainConfig(epochs=3" in out, err
     bundle = Bundle.open(tmp_path / "bundle")
+    kept, judged = bundle.golden()["label"][: bundle.manifest["task"]["samples"]], digits.SYSTEM.data().y_test
+    assert sorted(kept) == sorted(judged) and kept.tolist() != judged.tolist()  # by lot: a set may have one class after the other
     bench_bundle(bundle, ["cpu", "rpi5"], Rules(min_count=100, min_duration_s=0.01, percentile=50.0))
     code, out, err = command("zoo", "table", tmp_path / "bundle", tmp_path / "bundle", "--json")
     (row,) = json.loads(out)

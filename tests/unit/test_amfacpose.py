@@ -17,7 +17,11 @@ import torch
 from torch import nn
 
 from isthmus import pipeline
+from isthmus.export.module import onnx_from_module
+from isthmus.export.prepare import prepare_float
+from isthmus.float_model import run_float
 from isthmus.quantize.single_thread import single_thread
+from isthmus.train.data import Split
 from isthmus.train.loop import TrainConfig, fit, predict
 from isthmus.train.processing.pose import COCO, shares_of
 from isthmus.train.task import Task
@@ -210,6 +214,19 @@ def test_pooling_first_changes_no_number() -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
+def test_the_exported_network_finds_the_same_bins() -> None:
+    """In the paper's order, levels resized last: rewritten for a device no Resize is left, and 16 crops come to the same logits."""
+    module = settled(replace(SMALL, pool_first=False))
+    model = prepare_float(onnx_from_module(module, (torch.zeros(1, 3, 64, 32),), outputs=SYSTEM.outputs), {})
+    assert "Resize" not in {node.op_type for node in model.graph.node}
+    crops = SYSTEM.load_data(replace(SMALL, figures=10), 0, None).x_train[:16]
+    found, wanted = run_float(model, {"input": crops}), predict(module, crops)
+    assert len(crops) == 16
+    for name, logits in zip(SYSTEM.outputs, wanted, strict=True):
+        np.testing.assert_allclose(found[name], logits, rtol=0, atol=1e-4)
+        assert (found[name].argmax(-1) == logits.argmax(-1)).mean() >= 0.99
+
+
 def test_mish() -> None:
     places = torch.tensor([0.0, 1.0, -1.19243], dtype=torch.float64)
     torch.testing.assert_close(nn.Mish()(places), torch.tensor([0.0, 0.865098, -0.308843], dtype=torch.float64), rtol=0, atol=1e-6)
@@ -312,6 +329,34 @@ def test_a_short_training_on_stick_figures_halves_the_loss() -> None:
     assert result.epochs[-1].loss < 0.5 * result.epochs[1].loss
     across, down = predict(module, split.x_test)
     assert across.shape == (len(split.x_test), 17, 48) and down.shape == (len(split.x_test), 17, 64)
+
+
+def test_a_mirrored_person_s_left_is_on_the_other_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """People who look the same in a mirror: without the joints' change of sides nobody could tell which of two wrists is the left one."""
+    monkeypatch.setattr(task_module, "TURN", 0.0)
+    monkeypatch.setattr(task_module, "ZOOM", (1.0, 1.0))
+    config = replace(SYSTEM.configuration("tinypose_fpga"), figures=4)
+    split = symmetric(SYSTEM.load_data(config, 0, None), config.width)
+    found = {}
+    for pairs in (COCO.pairs, ()):
+        skeleton = replace(COCO, pairs=pairs)
+        task = replace(SYSTEM.task(config), augment=lambda inputs, targets, skeleton=skeleton: task_module.augmented(inputs, targets, skeleton))
+        torch.manual_seed(0)
+        module = SYSTEM.build(config)
+        fit(module, split, TrainConfig(60, 16, 1e-2), task=task)
+        found[bool(pairs)] = task.score(predict(module, split.x_test), split.y_test)
+    assert found[True] > 0.5 and found[False] < 0.5 * found[True]
+
+
+def symmetric(split: Split, width: int) -> Split:
+    """Those of the training part of whom everything is seen, each laid over his own mirror image."""
+    whole = split.y_train[:, :-1, 2].all(axis=1)
+    x, y = split.x_train[whole].copy(), split.y_train[whole].copy()
+    x[:, :3] = (x[:, :3] + x[:, :3, :, ::-1]) / 2
+    mirrored = y[:, COCO.mirrored] * (-1, 1, 1) + (width - 1, 0, 0)
+    y[:, :-1] = (y[:, :-1] + mirrored) / 2
+    assert len(x) > 3
+    return Split("symmetric", x, y, x[:1], y[:1], x, y, (), 0)
 
 
 def test_the_large_network_learns_too() -> None:

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from isthmus.errors import IsthmusError
 from isthmus.export.module import onnx_from_module
 from isthmus.train import zoo
-from isthmus.train.zoo.pinn_denoise import SIZE_MULTIPLE, SYSTEM, Config, Nested, NestedConfig, UNetConfig, build, margin, size_multiple
+from isthmus.train.task import as_tuple
+from isthmus.train.zoo.pinn_denoise import SIZE_MULTIPLE, SYSTEM, Config, Nested, NestedConfig, NestedUNet, UNetConfig, build, margin, size_multiple
 
 DATA_DEPENDENT = {"Shape", "Slice", "Gather", "Loop", "If"}  # shapes are known: none of these is left
 
@@ -90,9 +91,20 @@ def test_in_training_every_map_comes_out() -> None:
         module = build(replace(config, middles=(4,) * 11, outputs=(8,) * 11)).train()
         maps = module(torch.rand(2, 1, 64, 64))
         assert [tuple(each.shape) for each in maps] == [(2, 1, 64, 64)] * 7
-        inside = [bool(((each > 0) & (each < 1)).all()) for each in maps]
-        assert all(inside) if bounded else not all(inside)
-        assert torch.is_tensor(module.eval()(torch.rand(1, 1, 64, 64)))
+        assert isinstance(module, NestedUNet)
+        with torch.no_grad():
+            module.fuse.bias.fill_(3)  # type: ignore[union-attr]  # it has one
+        image = module.eval()(torch.rand(1, 1, 64, 64))
+        assert torch.is_tensor(image) and bool((image > 1).any()) == (not bounded)
+
+
+@pytest.mark.parametrize("name", ["unet-small-zg", "resunet-small-zg", "u2net-small-zg", "resu2net-small-zg"])
+def test_every_map_starts_as_near_to_images_as_grey_paper(name: str) -> None:
+    """ResU2Net's maps have no bounds, and began with squared errors of up to 4: a short training then ended below its noisy input."""
+    for seed in range(3):
+        module = SYSTEM.network(name, seed).train()
+        maps = as_tuple(module(torch.rand(4, 1, 64, 64)))
+        assert all(((each - 0.5) ** 2).mean() < 0.25 for each in maps)  # a black or a white image's
 
 
 def test_the_lite_network_adds_every_skip_and_the_full_one_those_that_fit() -> None:

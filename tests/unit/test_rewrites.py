@@ -166,6 +166,73 @@ def test_batch_norm_in_training_mode_stays() -> None:
     assert operators(result) == operators(model)  # ONNX Runtime does not run it, so nothing to compare
 
 
+# ---- BatchNormalization behind a ReLU
+FRONT_WEIGHTS = {"Conv": (6, 2, 3, 3), "ConvTranspose": (4, 3, 3, 3), "Gemm": (6, 4)}
+
+
+def positive_norm(channels: int) -> Constants:
+    return norm(channels) | {"gamma": np.abs(weight(channels)) + np.float32(0.1)}
+
+
+def relu_norm(front: str, bias: bool, pools: int = 0, pad: int = 0) -> Nodes:
+    """Of x (2, 4, 9, 8) or (2, 4): a layer, ReLU, BatchNormalization, max pools; the last result is p0, p1, ..."""
+    return [
+        node(front, "x w b" if bias else "x w", "c", **({"transB": 1} if front == "Gemm" else {"group": 2})),
+        node("Relu", "c", "r"),
+        node("BatchNormalization", f"r {BATCH_NORM}", "p0"),
+        *(node("MaxPool", f"p{count}", f"p{count + 1}", kernel_shape=[2, 2], strides=[2, 1], pads=[pad] * 4) for count in range(pools)),
+    ]
+
+
+@some
+@given(st.sampled_from(["Conv", "ConvTranspose"]), st.booleans(), st.integers(0, 2), st.integers(0, 1))
+def test_a_norm_behind_a_relu_goes_into_the_convs_on_both_sides(front: str, bias: bool, pools: int, pad: int) -> None:
+    held = positive_norm(6) | {"w": weight(*FRONT_WEIGHTS[front]), "b": weight(6), "v": weight(3, 2, 1, 2)}
+    model = build([*relu_norm(front, bias, pools, pad), node("Conv", f"p{pools} v", "y", group=3)], held, x=(2, 4, 9, 8))
+    prepared(model, [front, "Relu", *["MaxPool"] * pools, "Conv"])
+
+
+@pytest.mark.parametrize("flatten", ["Flatten", "Reshape", ""])
+def test_a_norm_behind_a_relu_goes_into_a_dense_layer(flatten: str) -> None:
+    front, columns = ("Conv", 6 * 3 * 5) if flatten else ("Gemm", 6)
+    held = positive_norm(6) | {"w": weight(*FRONT_WEIGHTS[front]), "b": weight(6), "v": weight(5, columns), "s": np.array([2, -1])}
+    flat = [node(flatten, "p1 s" if flatten == "Reshape" else "p1", "f")] if flatten else []
+    model = build(
+        [*relu_norm(front, True, len(flat)), *flat, node("Gemm", "f v" if flatten else "p0 v", "y", transB=1)], held, x=(2, 4, 9, 8) if flatten else (2, 4)
+    )
+    result = prepared(model, [front, "Relu", *(["MaxPool", flatten] if flatten else []), "Gemm"])
+    if flatten:  # half of the factor, in the logarithm, went to either side
+        factor = held["gamma"] / np.sqrt(held["var"] + np.float32(1e-5))
+        np.testing.assert_allclose(constant_of(result, front, 1), held["w"] * np.sqrt(factor)[:, None, None, None], rtol=1e-5)
+        np.testing.assert_allclose(constant_of(result, "Gemm", 1), held["v"] * np.repeat(np.sqrt(factor), 15), rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["negative", "zero", "padded", "read twice", "relu read twice", "output", "indices", "no flatten", "leaky", "computed weight"])
+def test_any_other_norm_behind_a_relu_stays(case: str) -> None:
+    held = positive_norm(6) | {"w": weight(*FRONT_WEIGHTS["Conv"]), "v": weight(3, 6, 2, 1), "s": np.array([2, 3, 6, 5])}
+    nodes, outputs, inputs = relu_norm("Conv", False, 1), "y", {"x": (2, 4, 9, 8)}
+    reader = node("Conv", "p1 v", "y", pads=[0, 0, 1, 0] if case == "padded" else [0] * 4)
+    if case in ("negative", "zero"):
+        held["gamma"][2] = -0.5 if case == "negative" else 0
+    elif case == "read twice":
+        nodes, outputs = [*nodes, node("Sigmoid", "p1", "z")], "y z"
+    elif case == "relu read twice":
+        nodes, outputs = [*nodes, node("Sigmoid", "r", "z")], "y z"
+    elif case == "output":
+        outputs = "y p0"
+    elif case == "indices":
+        nodes[-1] = node("MaxPool", "p0", "p1 i", kernel_shape=[2, 2], strides=[2, 1])
+        nodes, outputs = [*nodes, node("Cast", "i", "z", to=TensorProto.FLOAT)], "y z"
+    elif case == "no flatten":
+        nodes, held["v"] = [*nodes, node("Reshape", "p1 s", "f")], weight(5, 3, 2, 1)
+        reader = node("Conv", "f v", "y")
+    elif case == "leaky":
+        nodes[1] = node("LeakyRelu", "c", "r")
+    elif case == "computed weight":
+        inputs["w"] = held.pop("w").shape
+    left_alone("NormBehindRelu", build([*nodes, reader], held, outputs, **inputs))
+
+
 # ---- weights that are computed
 @pytest.mark.parametrize(
     "rewrite", ["NormalisationIntoConv", "PoolBeforePointwise", "MergeSplitConvs", "DepthToSpaceAsDcr", "AffineIntoLayer", "ScaleIntoWeights"]

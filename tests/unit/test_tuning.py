@@ -17,21 +17,26 @@ from onnx import TensorProto, helper, numpy_helper
 
 import isthmus
 from isthmus import pipeline, tuning
+from isthmus.artifact import golden_side
 from isthmus.bench_bundle import latency_table, tuned_elsewhere
 from isthmus.bundle import Bundle
+from isthmus.dataset import Dataset
 from isthmus.errors import IsthmusError, VerificationError
+from isthmus.export.prepare import prepare_float
 from isthmus.float_model import run_float
 from isthmus.graph import QuantGraph
 from isthmus.layerwise import verify_layers
 from isthmus.measurement import Measurement
 from isthmus.runtimes.__main__ import main as on_device
+from isthmus.source import Score, Source
 from isthmus.tuning import agreement
 
 MODELS = Path(__file__).parents[1] / "models"
 ENGINES = ("ONNX Runtime", "LiteRT", "OpenVINO")
 FORMS = ("power_of_two", "asymmetric", "symmetric")
 SEVEN_BITS = [f"{engine}, {scheme}, 7-bit weights" for scheme in ("asymmetric", "symmetric") for engine in ("ONNX Runtime", "OpenVINO")]
-EVERY_CANDIDATE = {*(f"{engine}, {form}" for engine in ENGINES for form in FORMS), *SEVEN_BITS, "ONNX Runtime, float", "untuned: ONNX Runtime, power_of_two"}
+FLOATS = ("ONNX Runtime, float", "OpenVINO, float")
+EVERY_CANDIDATE = {*(f"{engine}, {form}" for engine in ENGINES for form in FORMS), *SEVEN_BITS, *FLOATS, "untuned: ONNX Runtime, power_of_two"}
 
 
 def network() -> onnx.ModelProto:
@@ -104,8 +109,10 @@ def candidates(bundle: Bundle) -> dict[str, dict[str, Any]]:
     return {row["candidate"]: row for row in bundle.artifact("cpu")["tuning"]["candidates"]}
 
 
-def test_every_candidate_is_built_timed_and_recorded(tmp_path: Path) -> None:
-    """The real harness; which one wins is the machine's."""
+def test_every_candidate_is_built_timed_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real harness, shorter; which one wins is the machine's."""
+    for name in ("RULES", "FINAL_RULES"):
+        monkeypatch.setattr(tuning, name, replace(getattr(tuning, name), min_count=50, min_duration_s=0.02, max_warmup_s=0.02))
     bundle = compiled(tmp_path)
     tuned, rows = bundle.artifact("cpu")["tuning"], candidates(bundle)
     assert set(rows) == EVERY_CANDIDATE
@@ -139,8 +146,9 @@ def test_what_is_taken_has_its_own_reference(tuned_to: Callable[[str], Bundle], 
     assert verify_layers(bundle, "cpu").passed
 
 
-def test_the_float_model_is_compared_with_itself(tuned_to: Callable[[str], Bundle]) -> None:
-    bundle = tuned_to("ONNX Runtime, float")
+@pytest.mark.parametrize("fastest", FLOATS)
+def test_the_float_model_is_compared_with_itself(tuned_to: Callable[[str], Bundle], fastest: str) -> None:
+    bundle = tuned_to(fastest)
     assert bundle.form("cpu") is None and bundle.form("rpi5") == bundle.model
     assert bundle.golden("cpu")["output/scores"].dtype == np.float32 and bundle.golden("rpi5")["output/scores"].dtype == np.int8
     results = pipeline.verify(bundle)
@@ -157,6 +165,17 @@ def test_golden_outputs_of_its_own_are_checked_too(tmp_path: Path, tuned_to: Cal
     np.savez(bundle.folder("cpu") / "golden.npz", **golden)  # type: ignore[arg-type]
     with pytest.raises(VerificationError, match=r"golden\.npz of cpu is not what the reference computes"):
         pipeline.verify(bundle)
+
+
+def test_the_slowest_has_its_samples_before_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a network that takes 0.4 s the usual limit of 1 s saw 3 runs: nothing could be chosen."""
+    limits = []
+    monkeypatch.setattr(tuning, "_measured_once", lambda candidates, rules: limits.append(rules.max_duration_s) or {one.name: None for one in candidates})
+    monkeypatch.setattr(tuning, "pooled", lambda found: found)
+    fast, slow = tuning._Candidate("fast", "an engine", run_s=1e-4), tuning._Candidate("slow", "an engine", run_s=0.4)
+    tuning._measured([fast], tuning.RULES)
+    tuning._measured([fast, slow], tuning.RULES)
+    assert limits == [tuning.RULES.max_duration_s, pytest.approx(tuning.ROOM * tuning.LEAST_COUNT * 0.4)]
 
 
 def test_noise_takes_nothing_from_the_untuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +200,25 @@ def test_what_costs_accuracy_is_not_taken(tmp_path: Path, monkeypatch: pytest.Mo
     below = {name: row for name, row in rows.items() if row["score"] < 0.99}
     assert "ONNX Runtime, float" in below
     assert all(row["why_not"] == f"top-1 accuracy {row['score']:.4f} is below 0.9900" and not row["taken"] for row in below.values())
+
+
+@pytest.mark.parametrize("fastest", ["LiteRT, power_of_two", "ONNX Runtime, asymmetric"])
+def test_what_is_taken_says_what_it_is_worth_to_a_task_without_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fastest: str) -> None:
+    """The figure is that of the artifact's own outputs for the real golden samples, beside the float model's and the reference's."""
+    made_fast(monkeypatch, fastest)
+    inputs = images()
+    wanted = np.random.default_rng(2).normal(0, 1, (len(inputs), 3))
+    score = Score("closeness", lambda outputs: -float(np.abs(outputs[0] - wanted[: len(outputs[0])]).mean()))
+    data = Dataset({"image": inputs}, None, "images")
+    monkeypatch.setattr(pipeline, "load_source", lambda *given: Source("net", prepare_float(network(), {}), calibration=data, evaluation=data, score=score))
+    bundle = isthmus.compile("anything", output=tmp_path / "bundle")
+    entry, task = bundle.artifact("cpu"), bundle.manifest["task"]
+    with bundle.open_session("cpu") as session:
+        raw = session.run_samples({name: array[: len(inputs)] for name, array in golden_side(bundle.golden("cpu"), "input").items()})
+    own = score.of([spec.dequantise(raw[spec.name]) for spec in bundle.output_specs("cpu")])
+    assert candidates(bundle)[fastest]["taken"] and entry["score"] == pytest.approx(own, abs=1e-6)
+    assert task["metric"] == "closeness" and task["samples"] == len(inputs) and task["float"] != task["reference"]
+    assert (entry["score"] == task["reference"]) == ("power_of_two" in fastest)  # another scheme has figures of its own
 
 
 def test_an_int8_model_has_the_engines_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,30 @@ Config = UNetConfig | NestedConfig
 SIZE_MULTIPLE = 32  # of height and width, enough for every preset
 
 
+# How a map without bounds starts. Left as torch has it, it starts as far as several ranges of the image from any image, and a short training spends itself on
+# the way there; a map behind a sigmoid is inside from the start.
+MID_GREY = 0.5
+SIDE_SHARE = 0.1  # of torch's usual weights: six maps of features that batch norms hold at a scale of 1
+
+
+def _from_grey(head: nn.Conv2d, share: float = 1.0) -> nn.Conv2d:
+    assert head.bias is not None
+    with torch.no_grad():
+        head.weight.mul_(share)
+        head.bias.fill_(MID_GREY)
+    return head
+
+
+def _mean_of(maps: int) -> nn.Conv2d:
+    """A 1x1 convolution that starts as the mean of its inputs."""
+    fuse = nn.Conv2d(maps, 1, 1)
+    assert fuse.bias is not None
+    with torch.no_grad():
+        fuse.weight.fill_(1 / maps)
+        fuse.bias.zero_()
+    return fuse
+
+
 def _convolved(inputs: int, outputs: int, norm: bool = True, dilation: int = 1) -> list[nn.Module]:
     conv = nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation)
     return [conv, *([nn.BatchNorm2d(outputs)] if norm else []), nn.ReLU()]
@@ -123,7 +147,7 @@ class UNet(nn.Module):
             joined.append(_level(config, width + (below if config.upsampling == "nearest" else width), width, config.convolutions))
             below = width
         self.up, self.joined = nn.ModuleList(ups), nn.ModuleList(joined)
-        self.head = nn.Conv2d(below, 1, 1)
+        self.head = _from_grey(nn.Conv2d(below, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, 1, H, W) in 0..1 as the same; what lies outside is the host's to clip."""
@@ -192,9 +216,10 @@ class NestedUNet(nn.Module):
         self.up = nn.ModuleList(decoder)
         self.add_skips = [config.add_skips and up == skip for up, skip in zip(config.outputs[count:], config.outputs[count - 2 :: -1], strict=True)]
         widths = (*config.outputs[:-count:-1], config.outputs[count - 1])  # full size first, the bottom last
-        self.sides = nn.ModuleList(nn.Conv2d(width, 1, config.side_kernel, padding=config.side_kernel // 2) for width in widths)
+        sides = [nn.Conv2d(width, 1, config.side_kernel, padding=config.side_kernel // 2) for width in widths]
+        self.sides = nn.ModuleList(sides if config.bounded else [_from_grey(side, SIDE_SHARE) for side in sides])
         self.widened = nn.ModuleList(nn.Identity() if depth == 0 else _enlarge(2**depth) for depth in range(count))
-        self.fuse = nn.Conv2d(count, 1, 1)
+        self.fuse = nn.Conv2d(count, 1, 1) if config.bounded else _mean_of(count)
         self.bound = nn.Sigmoid() if config.bounded else nn.Identity()
         self.pool, self.enlarge = nn.MaxPool2d(2), _enlarge(2)
 

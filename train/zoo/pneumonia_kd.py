@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from isthmus.compare import top1_accuracy
 from isthmus.train.data import Split, cxr, medmnist
+from isthmus.train.devices import torch_device
 from isthmus.train.distillation import distillation_loss, soft_labels
 from isthmus.train.loop import Progress, TrainConfig, predict
 from isthmus.train.snapshots import TEACHERS, Budget, best, snapshots
@@ -36,7 +37,7 @@ PAPER_BUDGET, REHEARSAL = Budget(), Budget(epochs=8)
 class Config:
     """`filters` of the 3x3 convolutions (valid, or `same`), each followed by a 2x2 max pool. Without `hidden` units the mean of each channel is classified.
 
-    `norm`: where batch normalisation stands. The paper's student has it behind the ReLU, before the pool: it then stays a layer of its own in int8.
+    `norm`: where batch normalisation stands; the paper's student has it behind the ReLU, before the pool.
     `distil`: from how many snapshots of `teacher` the network learns, one or `TEACHERS`; `budget` is that of their training, `rehearsal` where
     `stand_in` synthetic training images take the place of the data set's own.
     """
@@ -75,7 +76,7 @@ class PneumoniaNet(nn.Module):
             layers.append(nn.AdaptiveAvgPool2d(1))
             size = 1
         self.features = nn.Sequential(*layers)
-        self.head = nn.Sequential(*_hidden(config, channels * size * size), nn.Linear(config.hidden or channels, config.classes))
+        self.head = nn.Sequential(*_hidden(config, channels * size * size), _centred(nn.Linear(config.hidden or channels, config.classes)))
         self.penalised = config.norm != "none" and config.hidden > 0
 
     def logits(self, image: Tensor) -> Tensor:
@@ -85,6 +86,17 @@ class PneumoniaNet(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Probabilities (N, 2): normal, pneumonia."""
         return self.logits(image).softmax(1)
+
+
+@torch.no_grad()
+def _centred(scores: nn.Linear) -> nn.Linear:
+    """`scores` whose mean over the classes is always 0.
+
+    A softmax ignores what all scores have in common, so no gradient changes it: what was drawn would stay, and take up most of int8's range at the output.
+    """
+    for parameter in (scores.weight, scores.bias):
+        parameter -= parameter.mean(0)
+    return scores
 
 
 def _hidden(config: Config, features: int) -> list[nn.Module]:
@@ -153,7 +165,10 @@ def taught_split(split: Split, of_train: Sequence[np.ndarray], of_val: Sequence[
 def train_teachers(
     config: Config, split: Split, budget: Budget, seed: int, progress: Progress | None = None, folder: Path | None = None, model: str = ""
 ) -> list[nn.Module]:
-    """The `TEACHERS` best snapshots of a teacher `config`, the best first, in evaluation mode; see `snapshots` for `folder` and `model`."""
+    """The `TEACHERS` best snapshots of a teacher `config`, the best first, in evaluation mode on the device that they were trained on.
+
+    See `snapshots` for `folder` and `model`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = _scores(PneumoniaNet(config))
@@ -162,7 +177,7 @@ def train_teachers(
     for snapshot in chosen:
         teacher = _scores(PneumoniaNet(config))
         teacher.load_state_dict(snapshot.state)
-        teachers.append(teacher.eval())
+        teachers.append(teacher.to(torch_device(budget.device)).eval())
     return teachers
 
 
