@@ -214,6 +214,19 @@ def _resize_nearest(node: QuantNode, inputs: list[Tensor], shape: tuple[int, ...
     return x
 
 
+def _resize_linear(node: QuantNode, inputs: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    from isthmus.resampling import linear_taps
+
+    x = inputs[0]
+    for axis in range(2, len(shape)):
+        if x.shape[axis] != shape[axis]:
+            taps = linear_taps(x.shape[axis], shape[axis], node.attributes["coordinate_transformation_mode"])
+            lower, upper = (x.index_select(axis, torch.as_tensor(places, device=x.device)) for places in (taps.lower, taps.upper))
+            share = torch.as_tensor(taps.weight / taps.denominator, dtype=x.dtype, device=x.device)
+            x = lower + (upper - lower) * share.reshape(-1, *[1] * (len(shape) - 1 - axis))
+    return x
+
+
 def _reshaped(node: QuantNode, inputs: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     return inputs[0].reshape(len(inputs[0]), *shape[1:])
 
@@ -260,6 +273,7 @@ _COMPUTE: dict[str, Compute] = {
     "GlobalAveragePool": _space_axes,
     "ReduceMean": lambda node, inputs, shape: inputs[0].mean(tuple(node.attributes["axes"]), keepdim=bool(node.attributes["keepdims"])),
     "ResizeNearest": _resize_nearest,
+    "ResizeLinear": _resize_linear,
     "Sigmoid": _function(lambda x, a: x.sigmoid()),
     "Tanh": _function(lambda x, a: x.tanh()),
     "HardSigmoid": _function(_hard_sigmoid),

@@ -23,7 +23,7 @@ from isthmus.bundle import Bundle
 from isthmus.errors import IsthmusError
 from isthmus.exposure import expose_onnx
 from isthmus.graph import QuantGraph
-from isthmus.layerwise import _described, _inside
+from isthmus.layerwise import _compared_inside, _described
 from isthmus.pipeline import compile as compile_bundle
 from isthmus.pipeline import verify
 from isthmus.profile import load_profile
@@ -137,7 +137,7 @@ def test_every_layer_is_within_one_step_of_the_reference(name: str, machine: Mac
     described = _described(entry, graph, exposure, "model.onnx", "tensorrt") | {"max_lsb_allowed": LAYER_STEPS}
     feeds = {key.partition("/")[2]: array for key, array in bundle.golden().items() if key.startswith("input/")}
     with open_session(folder, described, engine="int8") as session:
-        layers, _ = _inside(session, exposure, graph, feeds, described)
+        layers, _ = _compared_inside(session, exposure, graph, feeds, described)
     assert layers and all(layer.own.compared for layer in layers)
     assert [(layer.layer, layer.own.max_lsb) for layer in layers if layer.own.max_lsb > LAYER_STEPS] == []
 

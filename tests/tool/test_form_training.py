@@ -56,6 +56,7 @@ def wide_network() -> onnx.ModelProto:
         "w1": weight(g, 8, 6, 3, 3), "b1": weight(g, 8), "wd": weight(g, 8, 1, 3, 3), "wg": weight(g, 8, 8, 1, 1), "bg": weight(g, 8),
         "wt": weight(g, 8, 4, 2, 2), "bt": weight(g, 4), "wp": weight(g, 6, 10, 1, 1), "wm": weight(g, 16, 10), "wf": weight(g, 5, 6), "bf": weight(g, 5),
         "low": np.array(-1.5, np.float32), "high": np.array(1.0, np.float32), "rows": np.array([1, 6, 16]), "two": np.array([1, 1, 2, 2], np.float32),
+        "thrice": np.array([1, 1, 3, 1.5], np.float32),
     }  # fmt: skip
     three = {"kernel_shape": [3, 3], "strides": [1, 1], "pads": [1, 1, 1, 1]}
     nodes: list[Node] = [
@@ -74,6 +75,7 @@ def wide_network() -> onnx.ModelProto:
         ("Sub", ["largest", "average"], "edge", {}),
         ("Resize", ["edge", "", "two"], "big", {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}),
         ("Relu", ["big"], "bigger", {}),
+        ("Resize", ["bigger", "", "thrice"], "smooth", {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}),
         ("Concat", ["up", "x"], "both", {"axis": 1}),
         ("Conv", ["both", "wp"], "mixed", {}),
         ("LeakyRelu", ["mixed"], "leaky", {"alpha": 0.11}),
@@ -86,7 +88,7 @@ def wide_network() -> onnx.ModelProto:
         ("Flatten", ["last"], "vector", {}),
         ("Gemm", ["vector", "wf", "bf"], "scores", {"transB": 1}),
     ]
-    return made(nodes, held, ["turned", "scores", "bigger"])
+    return made(nodes, held, ["turned", "scores", "smooth"])
 
 
 def calibrated(model: onnx.ModelProto, recipe: Recipe, fit: Callable[[nn.Module], object] | None = None) -> QuantGraph:
