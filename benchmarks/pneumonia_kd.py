@@ -22,13 +22,13 @@ import statistics
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from archives import unpacked
 
 import isthmus
 from isthmus.dataset import Dataset
@@ -266,13 +266,7 @@ def _spread(values: list[float], digits: int) -> str:
 def _folder(data: Path, work: Path) -> Path:
     """Where the X-rays' folders are: unpacked into `work` where there is an archive alone."""
     archive = data / "cxr_pneumonia" / "cxr224_subset.zip"
-    if not archive.is_file():
-        return data
-    target = work / "images"
-    if not target.is_dir():
-        with zipfile.ZipFile(archive) as stored:
-            stored.extractall(target)
-    return target
+    return unpacked(archive, work / "images") if archive.is_file() else data
 
 
 def main() -> int:

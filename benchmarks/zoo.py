@@ -15,11 +15,11 @@ import argparse
 import json
 import sys
 import time
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from amfacpose import BY_HEART
+from archives import unpacked
 
 import isthmus
 from isthmus.bench import Rules
@@ -94,15 +94,7 @@ def real_files(plan: Plan, data: Path | None, work: Path) -> Path | None:
     if root is None or not root.is_dir():
         return None
     archives = list(root.glob("*.zip"))
-    if not archives:
-        return root
-    unpacked = work / "data" / plan.data
-    if not unpacked.is_dir():
-        partial = unpacked.with_name(f"{unpacked.name}.partial")
-        with zipfile.ZipFile(archives[0]) as stored:
-            stored.extractall(partial)
-        partial.rename(unpacked)
-    return unpacked
+    return unpacked(archives[0], work / "data" / plan.data) if archives else root
 
 
 def made(plan: Plan, work: Path, data: Path | None, again: bool) -> Path:

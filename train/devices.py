@@ -113,7 +113,7 @@ def joined(device: str) -> Iterator[Workers]:
     place = torch_device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT)  # teachers may train on the CPU beside
+    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Workers.now()
     finally:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each exact rewrite: the same function before and after over random shapes and attributes, and the graph left alone where a precondition fails."""
+"""Each exact rewrite: the same function before and after over random shapes and attributes, and the graph left alone where a precondition fails.
+
+One file: all share the small networks, and the comparison with ONNX Runtime before and after, that its first part makes.
+"""
 
 from __future__ import annotations
 
