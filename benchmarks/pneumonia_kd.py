@@ -70,7 +70,7 @@ class Case:
 
 CASES = (
     Case("PneumoniaMNIST", "teacher-28", 12, 0.1, {"student-28": 5}, {"student-28": 1e-3}),
-    Case("chest X-rays", "teacher", 10, 0.03, {"student": 5, "fpga-s": 15}, {"student": 1e-3, "fpga-s": 1e-2}, batch_size=8, train_images=360),
+    Case("chest X-rays", "teacher", 10, 0.03, {"student": 15, "fpga-s": 15}, {"student": 1e-3, "fpga-s": 1e-2}, batch_size=8, train_images=360),
 )
 
 

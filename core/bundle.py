@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from isthmus.errors import IsthmusError
+from isthmus.numpy_file import read_npz
 from isthmus.session import Session
 from isthmus.spec import TensorSpec
 
@@ -223,12 +224,8 @@ class BundleWriter:
 
 
 def load_golden(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of a golden file. Raises `IsthmusError` where it unpacks to more than `MAX_GOLDEN_BYTES`."""
-    with np.load(file, allow_pickle=False) as archive:
-        total = sum(info.file_size for info in archive.zip.infolist()) if archive.zip is not None else 0
-        if total > MAX_GOLDEN_BYTES:
-            raise IsthmusError(f"{file}: unpacks to {total} bytes, more than {MAX_GOLDEN_BYTES}")
-        return {name: archive[name] for name in archive.files}
+    """The arrays of a golden file. Raises `IsthmusError` on damage, and where it unpacks to more than `MAX_GOLDEN_BYTES`."""
+    return read_npz(file, MAX_GOLDEN_BYTES)
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from isthmus.errors import IsthmusError
+from isthmus.numpy_file import read_npy, read_npz
 
 MAX_DATA_BYTES = 8 * 2**30
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm")
@@ -103,11 +103,12 @@ def load_data(path: str | Path, inputs: Mapping[str, Sequence[int]], preprocess:
         return _from_images(place, inputs, preprocess)
     if place.suffix not in (".npz", ".npy"):
         raise IsthmusError(f"{place}: expected a .npz, a .npy or a folder of images")
-    arrays = _read_arrays(place)
     if place.suffix == ".npy":
         if len(inputs) != 1:
             raise IsthmusError(f"{place}: one array, but the model has the inputs {list(inputs)}; give a .npz with these names")
-        arrays = {next(iter(inputs)): arrays[""]}
+        arrays = {next(iter(inputs)): read_npy(place, MAX_DATA_BYTES)}
+    else:
+        arrays = read_npz(place, MAX_DATA_BYTES)
     labels = next((arrays.pop(name) for name in LABEL_NAMES if name in arrays and name not in inputs), None)
     if len(inputs) == 1 and next(iter(inputs)) not in arrays:
         known = [name for name in SAMPLE_NAMES if name in arrays]
@@ -197,25 +198,6 @@ def _from_images(folder: Path, inputs: Mapping[str, Sequence[int]], preprocess: 
     images = np.concatenate([load_image(file, shape, preprocess) for file, _ in files])
     labels = np.array([label for _, label in files], np.int64) if classes else None
     return from_arrays({name: images}, labels, inputs, None, str(folder))
-
-
-def _read_arrays(file: Path) -> dict[str, np.ndarray]:
-    """Every array of a .npz (by name) or the one of a .npy (under ""). Never unpickles; refuses what would not fit in memory."""
-    try:
-        if file.suffix == ".npy":
-            _refuse_large(file, file.stat().st_size)
-            return {"": np.load(file, allow_pickle=False)}
-        with zipfile.ZipFile(file) as archive:
-            _refuse_large(file, sum(info.file_size for info in archive.infolist()))
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, SyntaxError, MemoryError) as error:
-        raise IsthmusError(f"{file}: cannot be read as {file.suffix} data: {error}") from None
-
-
-def _refuse_large(file: Path, size: int) -> None:
-    if size > MAX_DATA_BYTES:
-        raise IsthmusError(f"{file}: {size} bytes of data, at most {MAX_DATA_BYTES} are read; calibration needs a few hundred samples")
 
 
 def _number(text: str, part: str) -> float:

@@ -49,7 +49,7 @@ ENGINES = {
     "null": ("numpy", ""),
 }
 # What of the core a device needs beside `runtimes`.
-DEVICE_FILES = ("__init__", "errors", "spec", "session", "bundle", "compare", "bench", "measurement", "conditions", "affinity", "loadgen")
+DEVICE_FILES = ("__init__", "errors", "spec", "session", "bundle", "numpy_file", "compare", "bench", "measurement", "conditions", "affinity", "loadgen")
 
 Say = Callable[[str, float | None], None]
 

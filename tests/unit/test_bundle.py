@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -146,6 +147,16 @@ def test_a_changed_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
     file.unlink()
     with pytest.raises(IsthmusError, match=f"{name} is missing"):
         Bundle.open(tmp_path / "out")
+
+
+def test_golden_samples_that_a_stranger_damaged_and_hashed_anew_are_named(tmp_path: Path) -> None:
+    bundle = _write(tmp_path / "out")
+    np.testing.assert_array_equal(bundle.golden()["label"], np.zeros(3))
+    file = tmp_path / "out" / "golden.npz"
+    file.write_bytes(file.read_bytes()[:-30])
+    _edit(tmp_path / "out", files={**bundle.manifest["files"], file.name: hashlib.sha256(file.read_bytes()).hexdigest()})
+    with pytest.raises(IsthmusError, match=r"golden\.npz: cannot be read as a \.npz file"):
+        Bundle.open(tmp_path / "out").golden()
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..\\secret", "", "nul\0"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import zipfile
@@ -122,6 +123,37 @@ def test_any_bytes_are_read_or_named(tmp_path_factory: pytest.TempPathFactory, r
     file.write_bytes(raw)
     with pytest.raises(IsthmusError):
         load_data(file, INPUTS, None)
+
+
+def saved(name: str) -> bytes:
+    buffer = io.BytesIO()
+    if name == "npy":
+        np.save(buffer, GOOD)
+    else:
+        save = np.savez_compressed if name == "npz, compressed" else np.savez
+        save(buffer, image=GOOD, label=np.arange(len(GOOD)))
+    return buffer.getvalue()
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from(["npy", "npz", "npz, compressed"]), changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=5))
+def test_a_damaged_file_is_read_or_named(tmp_path_factory: pytest.TempPathFactory, name: str, changes: list[tuple[int, int]]) -> None:
+    """Also what numpy's own readers raise beside ValueError: zlib's errors, an unknown compression, a password, a header that never ends."""
+    raw = bytearray(saved(name))
+    for place, value in changes:
+        raw[place % len(raw)] = value
+    file = tmp_path_factory.mktemp("data") / f"d.{name[:3]}"
+    file.write_bytes(raw)
+    with contextlib.suppress(IsthmusError):
+        load_data(file, INPUTS, None)
+
+
+def test_damage_to_a_compressed_file_is_one_sentence(tmp_path: Path) -> None:
+    raw = bytearray(saved("npz, compressed"))
+    raw[60:80] = bytes(20)
+    (tmp_path / "d.npz").write_bytes(raw)
+    with pytest.raises(IsthmusError, match=r"d\.npz: cannot be read as a \.npz file, it is cut short or damaged \(.*\); get or make it again"):
+        load_data(tmp_path / "d.npz", INPUTS, None)
 
 
 def test_a_folder_of_images_and_its_classes(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ DEVICE = {
     "spec",
     "errors",
     "bundle",
+    "numpy_file",
     "session",
     "compare",
     "bench",

@@ -44,6 +44,12 @@ from isthmus.roofline import Kernel, fused, op_by_op, program_of_graph, program_
 
 JETSONS = [name for name in profile_names() if name.startswith("jetson-")]
 AMFACPOSE = "amfacpose-"
+PAPER_BILLIONS = {"r34-384x288": 5.2, "r34-256x256": 3.1, "r18-384x288": 3.2, "r18-256x256": 1.9}  # AMFACPose, table 4: GFLOPs, which are MACs
+PAPER_FPS = {
+    "jetson-orin-nano": (14.74, 23.59, 23.18, 36.02),
+    "jetson-orin-nx-8gb": (18.90, 30.23, 29.89, 45.03),
+    "jetson-orin-nx-16gb": (21.75, 34.16, 33.74, 50.45),
+}
 
 
 def float_net(path: Path | None = None) -> onnx.ModelProto:
@@ -167,6 +173,31 @@ def test_every_row_has_a_source_a_network_and_a_board() -> None:
     assert {len(row.boards) for row in published_rows()} == {1, 2}
 
 
+def test_the_papers_rows_are_its_own_frames_a_second_but_one() -> None:
+    """Milliseconds and frames a second stand beside each other in AMFACPose's table 4, and contradict each other in one cell of it."""
+    seconds = amfacpose_seconds()
+    off = {
+        (board, preset)
+        for board, row in PAPER_FPS.items()
+        for preset, fps in zip(PAPER_BILLIONS, row, strict=True)
+        if abs(fps * seconds[board][preset] - 1) >= 5e-3
+    }
+    assert off == {("jetson-orin-nx-8gb", "r18-384x288")}
+
+
+@pytest.mark.parametrize(("board", "offset", "slope"), [("jetson-orin-nano", 4.6, 12.1), ("jetson-orin-nx-8gb", 4.0, 9.3), ("jetson-orin-nx-16gb", 4.6, 7.9)])
+def test_the_papers_rows_lie_on_the_line_that_the_specification_finds(board: str, offset: float, slope: float) -> None:
+    """Milliseconds over the paper's GFLOPs, least squares (specification 10, section 5)."""
+    milliseconds = 1e3 * np.array([amfacpose_seconds()[board][preset] for preset in PAPER_BILLIONS])
+    assert np.polyfit(list(PAPER_BILLIONS.values()), milliseconds, 1) == pytest.approx([slope, offset], abs=0.05)
+
+
+def amfacpose_seconds() -> dict[str, dict[str, float]]:
+    """Of each board and preset."""
+    rows = [row for row in published_rows() if row.network.startswith(AMFACPOSE)]
+    return {board: {row.network.removeprefix(AMFACPOSE): row.seconds or 0.0 for row in rows if row.boards == (board,)} for board in PAPER_FPS}
+
+
 def test_a_range_is_no_error_inside_and_the_nearer_end_outside() -> None:
     row = Row("n", ("b",), "fp32", "framework", "s", fps=(2, 4))
     assert row.error(1 / 3) == 0
@@ -178,8 +209,7 @@ def test_a_range_is_no_error_inside_and_the_nearer_end_outside() -> None:
 def test_the_stored_kernels_add_up_to_the_published_macs() -> None:
     networks = published_networks()
     billions = {name: sum(kernel.macs * count for kernel, count in kernels.items()) / 1e9 for name, kernels in networks.items()}
-    published = {"r34-384x288": 5.2, "r34-256x256": 3.1, "r18-384x288": 3.2, "r18-256x256": 1.9}
-    assert {preset: billions[AMFACPOSE + preset] for preset in published} == pytest.approx(published, abs=0.06)
+    assert {preset: billions[AMFACPOSE + preset] for preset in PAPER_BILLIONS} == pytest.approx(PAPER_BILLIONS, abs=0.06)
     # Ultralytics' own count is of FLOPs, 2 a MAC.
     assert 2 * billions["yolo11n-640"] == pytest.approx(6.5, abs=0.1)
     assert 2 * billions["yolov8m-640"] == pytest.approx(78.9, abs=0.1)

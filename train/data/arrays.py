@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import math
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from isthmus.errors import IsthmusError
+from isthmus.numpy_file import DAMAGE, damaged
 
 MAX_ARRAY_BYTES = 2**30
 SHOWN = 3
-# What numpy, zipfile and zlib raise on bytes that are no .npz file; a header goes through Python's own tokeniser.
-_DAMAGE = (ValueError, EOFError, OSError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -49,11 +46,8 @@ def read_npz(file: Path, expected: Mapping[str, Expected]) -> dict[str, np.ndarr
             raise IsthmusError(f"{file}: {len(faults)} of the {len(expected)} arrays needed do not fit: {listed(faults)}; get the file again")
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in expected}
-    except FileNotFoundError:
-        raise IsthmusError(f"{file}: no such file") from None
-    except _DAMAGE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise IsthmusError(f"{file}: cannot be read as a .npz file, it is cut short or damaged ({reason}); get it again") from None
+    except DAMAGE as error:
+        raise damaged(file, error) from None
 
 
 def listed(words: Sequence[object], shown: int = SHOWN) -> str:
