@@ -14,6 +14,7 @@ case (`session.x64quantprecision`) computes the same, but only in a session that
 
 Why channels last around some moves of values. ONNX Runtime turns its convolutions to channels last and moves the Transposes this takes as far as they
 go. Where an operator copies whole pixels there, it is written so: between two convolutions both Transposes vanish, and bytes move in runs, not one by one.
+An image that is flattened for matrix products stays channels last to the end; else the Transpose would stand in front of the last pools.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Lowering(OnnxWriter):
         self.raw_inputs = {spec.name: spec for spec in graph.inputs if raw_border and spec.is_quantised}
         self.raw_outputs = {spec.name: spec for spec in graph.outputs if raw_border and spec.is_quantised}
         self.float_names: dict[str, str] = {}
+        self.flattened_last: dict[str, tuple[int, ...]] = {}  # flattened channels last, against the form: the image's shape in the form
 
     def finished(self) -> onnx.ModelProto:
         inputs, outputs = (

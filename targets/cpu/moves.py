@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from isthmus.graph import QuantNode
 from isthmus.targets.cpu.lowering import SHIFT, Lowering
 
 RUN_BYTES = 16  # shorter runs of bytes are not worth the way through channels last
+STAY_LAST = frozenset({"MaxPool", "Relu", "Clip"})  # ONNX Runtime moves its Transposes through these, where that makes two of them vanish
 
 
 def constant(w: Lowering, node: QuantNode) -> None:
@@ -24,7 +27,19 @@ def clip(w: Lowering, node: QuantNode) -> None:
 
 
 def reshape(w: Lowering, node: QuantNode) -> None:
-    w.reshaped(node.inputs[0], w.spec(node.output).shape, node.output, node.name)
+    """An image that a convolution leaves channels last is flattened so for matrix products: their columns move, not the image (`weighted.columns`)."""
+    source, shape = node.inputs[0], w.spec(node.output).shape
+    image = w.spec(source).shape
+    if _flattens_for_products(w, node) and _behind_conv(w, node, STAY_LAST):
+        w.flattened_last[node.output] = image
+        source = w.channels_last(source, len(image))
+    w.reshaped(source, shape, node.output, node.name)
+
+
+def _flattens_for_products(w: Lowering, node: QuantNode) -> bool:
+    image, shape, readers = w.spec(node.inputs[0]).shape, w.spec(node.output).shape, w.graph.consumers(node.output)
+    flattens = len(image) > 2 and min(image[1], math.prod(image[2:])) > 1 and shape == (image[0], math.prod(image[1:]))
+    return flattens and bool(readers) and all(reader.op in ("Gemm", "MatMul") for reader in readers)
 
 
 def squeeze(w: Lowering, node: QuantNode) -> None:
@@ -100,6 +115,9 @@ def space_to_depth(w: Lowering, node: QuantNode) -> None:
     w.channels_first(w.reshaped(moved, [batch, height // block, width // block, block * block * channels]), 4, node.output, node.name)
 
 
-def _behind_conv(w: Lowering, node: QuantNode) -> bool:
+def _behind_conv(w: Lowering, node: QuantNode, between: frozenset[str] = frozenset()) -> bool:
+    """Whether a convolution comes before it, with none but operators of `between` in between."""
     producer = w.graph.producer(node.inputs[0])
+    while producer is not None and producer.op in between:
+        producer = w.graph.producer(producer.inputs[0])
     return producer is not None and producer.op in ("Conv", "ConvTranspose")

@@ -32,7 +32,7 @@ def matmul(w: Lowering, node: QuantNode) -> None:
     assert node.weight is not None  # rule "weight" of the form
     source, result = w.spec(node.inputs[0]), w.spec(node.output)
     if len(source.shape) == 2:
-        w.group("Gemm", operands(w, node, source, node.weight, weight_scale(node), node.bias, 1), node, result)
+        w.group("Gemm", operands(w, node, source, columns(w, node, 0), weight_scale(node), node.bias, 1), node, result)
         return
     rows = w.reshaped(source.name, [source.size // source.shape[-1], source.shape[-1]])
     inputs = operands(w, node, replace(source, name=rows), node.weight, weight_scale(node), node.bias, 1)
@@ -48,9 +48,19 @@ def batch_matmul(w: Lowering, node: QuantNode) -> None:
 
 
 def _weighted(w: Lowering, node: QuantNode, axis: int, attributes: dict[str, Any]) -> None:
-    assert node.weight is not None  # rule "weight" of the form
-    inputs = operands(w, node, w.spec(node.inputs[0]), node.weight, weight_scale(node), node.bias, axis)
+    inputs = operands(w, node, w.spec(node.inputs[0]), columns(w, node, 1 - axis), weight_scale(node), node.bias, axis)
     w.group(node.op, inputs, node, w.spec(node.output), **attributes)
+
+
+def columns(w: Lowering, node: QuantNode, axis: int) -> np.ndarray:
+    """The weight, its input elements along `axis` in the order in which the input lies in the file."""
+    weight = node.weight
+    assert weight is not None  # rule "weight" of the form
+    image = w.flattened_last.get(node.inputs[0])
+    if image is None:
+        return weight
+    order = np.moveaxis(np.arange(weight.shape[axis]).reshape(image[1:]), 0, -1).reshape(-1)
+    return np.take(weight, order, axis)
 
 
 def weight_scale(node: QuantNode) -> np.ndarray:

@@ -209,6 +209,45 @@ def test_every_weighted_operator_is_fused(name: str, kernel: str, tmp_path: Path
     assert (found["DequantizeLinear"], found["QuantizeLinear"]) == (2, 2)  # the change to uint8 and back at the border, nothing else
 
 
+def flattened(w: FormWriter, x: str, between: str, readers: str) -> str:
+    y = w.conv(x, anything(6, 3, 3, 3), 2.0**-8, scale=2.0**-2, activation="Relu", pads=(1, 1, 1, 1))
+    if between == "max pool, clip":
+        y = w.clip(w.max_pool(y, (2, 2)), 0.5, 20.0)
+    elif between == "transposed convolution":
+        y = w.conv_transpose(y, anything(6, 4, 3, 3), 2.0**-8, scale=2.0**-1)
+    flat = w.reshape(y, (2, -1)) if readers == "reshape" else w.flatten(y)
+    size = w.graph().tensors[flat].shape[1]
+    z = w.gemm(flat, anything(7, size), 2.0**-9, np.arange(7, dtype=np.int32), scale=2.0**2, activation="Relu")
+    if readers != "two":
+        return z
+    return w.add(z, w.matmul(flat, anything(size, 7), 2.0 ** -np.arange(9.0, 16.0), scale=2.0**2), scale=2.0**2)
+
+
+@pytest.mark.parametrize("between", ["", "max pool, clip", "transposed convolution"])
+@pytest.mark.parametrize("readers", ["flatten", "reshape", "two"])
+def test_an_image_is_flattened_as_it_lies_and_the_weights_move_instead(between: str, readers: str, tmp_path: Path) -> None:
+    """Else ONNX Runtime's Transpose stands behind the last convolution, and what follows runs channels first."""
+    graph = one((2, 3, 7, 5), lambda w, x: flattened(w, x, between, readers))
+    assert_exact(graph, tmp_path)
+    found = operators(graph, tmp_path)
+    assert found.get("NhwcMaxPool", 0) == (between == "max pool, clip")
+    if between != "transposed convolution":  # which has Transposes of its own
+        assert found["Transpose"] == 1  # of the input
+
+
+def test_a_flattened_image_that_something_else_reads_keeps_its_order(tmp_path: Path) -> None:
+    def body(w: FormWriter, x: str) -> str:
+        flat = w.flatten(w.conv(x, anything(6, 3, 3, 3), 2.0**-8, scale=2.0**-2))
+        w.output(flat, "flat")
+        return w.gemm(flat, anything(7, w.graph().tensors[flat].shape[1]), 2.0**-9, scale=2.0**2)
+
+    assert_exact(one((2, 3, 7, 5), body), tmp_path)
+    assert_exact(one((2, 3, 7, 5), lambda w, x: w.relu(w.flatten(w.conv(x, anything(6, 3, 3, 3), 2.0**-8, scale=2.0**-2)))), tmp_path)
+    assert_exact(
+        one((2, 3, 12), lambda w, x: w.gemm(w.flatten(w.conv(x, anything(6, 3, 3), 2.0**-8, scale=1.0)), anything(4, 60), 2.0**-9, scale=4.0)), tmp_path
+    )
+
+
 def test_duplicate_node_names_do_not_mix_up_constants(tmp_path: Path) -> None:
     model = onnx.load_from_string(network().to_bytes())
     islands = {"probabilities_softmax"}
