@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,12 +16,13 @@ from isthmus.graph import QuantGraph
 from isthmus.spec import TensorSpec
 
 SHIFT = 128  # what an artifact in uint8 adds to the form's integers
+_NO_IMAGES: Mapping[str, tuple[int, ...]] = {}
 _DTYPES = {TensorProto.INT8: "int8", TensorProto.UINT8: "uint8"}
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One int8 tensor of the form as an output of the copy: `spec` is that output, `image` the form shape [N, C, H, W] of what lies flattened channels last."""
+    """One int8 tensor of the form as an output of the copy: `spec` is that output, `image` the form shape [N, C, ...] of what lies flattened channels last."""
 
     tensor: str
     spec: TensorSpec
@@ -45,9 +46,10 @@ class Exposure:
     shown: tuple[Shown, ...] = field(default=())
 
 
-def expose_onnx(content: bytes, graph: QuantGraph) -> Exposure:
+def expose_onnx(content: bytes, graph: QuantGraph, images: Mapping[str, tuple[int, ...]] = _NO_IMAGES) -> Exposure:
     """Of an ONNX artifact whose tensors keep the form's names, as int8 or as uint8. What carries no such name stays inside.
 
+    `images`: the tensors that lie flattened channels last, with the form shape of what was flattened.
     Nothing else changes, but an engine that would have merged a tensor away can no longer do so. Raises `IsthmusError` on a broken file.
     """
     model = onnx.ModelProto()
@@ -65,5 +67,5 @@ def expose_onnx(content: bytes, graph: QuantGraph) -> Exposure:
         if spec.scale is None or dtype is None or name not in written or name in present:
             continue
         model.graph.output.append(helper.make_tensor_value_info(name, types[name], list(spec.shape)))
-        shown.append(Shown(name, TensorSpec(name, spec.shape, dtype)))
+        shown.append(Shown(name, TensorSpec(name, spec.shape, dtype), images.get(name, ())))
     return Exposure(model.SerializeToString(deterministic=True), tuple(tensor.spec for tensor in shown), tuple(shown))

@@ -136,7 +136,8 @@ def _exposed(folder: Path, entry: Mapping[str, Any], graph: QuantGraph) -> tuple
         exposure: Exposure = import_module("isthmus.targets.tflite.expose").expose(content, graph, entry.get("options", {}))
         return exposure, engine, "a copy of the artifact whose int8 tensors are outputs: XNNPACK merges no operators across those"
     if engine in ("onnxruntime", "openvino"):
-        exposure = expose_onnx((folder / entry["artifact"]).read_bytes(), graph)
+        images = import_module("isthmus.targets.cpu.lower").flattened_last(graph) if entry["target"] == "cpu" else {}
+        exposure = expose_onnx((folder / entry["artifact"]).read_bytes(), graph, images)
         runtime = "ONNX Runtime" if engine == "onnxruntime" else "OpenVINO"
         return exposure, engine, f"a copy of the artifact whose int8 tensors are outputs: {runtime} merges no operators across those"
     if engine == "tensorrt" and (folder / GRAPH_FILE).is_file():

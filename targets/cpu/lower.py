@@ -15,13 +15,22 @@ from isthmus.targets.cpu.resize import resize_linear, resize_nearest
 
 def onnx_from_graph(graph: QuantGraph, raw_border: bool = True) -> bytes:
     """The ONNX file: inputs and outputs have the names and shapes of `graph.inputs` and `graph.outputs`, and their dtypes, or else float32."""
+    return _lowered(graph, raw_border).finished().SerializeToString(deterministic=True)
+
+
+def flattened_last(graph: QuantGraph) -> dict[str, tuple[int, ...]]:
+    """The tensors that lie otherwise in the file than in the form: flattened channels last. Each with its image's shape in the form."""
+    return _lowered(graph, True).flattened_last
+
+
+def _lowered(graph: QuantGraph, raw_border: bool) -> Lowering:
     lowering = Lowering(graph, raw_border)
     for node in graph.nodes:
         if node.kind == "float":
             lowering.island(node)
         else:
             LOWERINGS[node.op](lowering, node)
-    return lowering.finished().SerializeToString(deterministic=True)
+    return lowering
 
 
 # The operator table of the target: what stands here is what `check` accepts.
