@@ -17,6 +17,8 @@ from isthmus.bench import OFFLINE, SCENARIOS, SINGLE_STREAM, EnergyMeter, Rules,
 from isthmus.bundle import NEEDS_BOARD, Bundle
 from isthmus.console import grid
 from isthmus.errors import IsthmusError
+from isthmus.foreign_model import TOOLS as FOREIGN
+from isthmus.foreign_model import open_foreign
 from isthmus.loadgen import measure_by_loadgen
 from isthmus.measurement import Measurement, ratio_interval
 from isthmus.session import Arrays, Session
@@ -53,8 +55,9 @@ def bench_bundle(
 
     Several take turns; Offline and a power meter need the machine for one alone, so they go one after the other. Of engines that this board built for
     one profile the faster that holds the accuracy is kept (`isthmus.runtimes.tensorrt.choice`). `against` names a profile of
-    this bundle or another bundle's folder (the same profile of it): measured beside the first, and the ratio with its interval is kept in the
-    first one's conditions; its own measurement is given under "profile @ folder". `cpus` pins the process, `streams` counts Offline's sessions.
+    this bundle, another bundle's folder (the same profile of it) or somebody else's model file (`isthmus.foreign_model`): measured beside the first,
+    and the ratio with its interval is kept in the first one's conditions; its own measurement is given under "profile @ folder", or the file's name.
+    `cpus` pins the process, `streams` counts Offline's sessions.
     Raises `IsthmusError` where a named profile needs its board, or nothing can be measured here.
     """
     entries = _measurable(bundle, profiles, trust)
@@ -71,8 +74,8 @@ def bench_bundle(
         elif turns:
             opened = {profile: _opened(stack, bundle, profile, rules.threads, trust) for profile in turns}
             if against is not None:
-                label, other, profile = _other(bundle, next(iter(entries)), against, trust)
-                opened[label] = _opened(stack, other, profile, rules.threads, trust)
+                label, opened_other = _other(stack, bundle, next(iter(entries)), against, rules.threads, trust)
+                opened[label] = opened_other
             measurements = measure_interleaved(opened, rules)
         else:
             measurements = {}
@@ -203,21 +206,26 @@ def _alone(bundle: Bundle, profile: str, rules: Rules, streams: int | None, mete
         return measure(*opened[0], rules, meter=meter)
 
 
-def _other(bundle: Bundle, profile: str, against: str, trust: bool) -> tuple[str, Bundle, str]:
-    """(label, bundle, profile) of what `--against` names: a profile of this bundle first, else a folder."""
+def _other(stack: ExitStack, bundle: Bundle, profile: str, against: str, threads: int, trust: bool) -> tuple[str, tuple[Session, list[Arrays]]]:
+    """A label, and what `--against` names, opened: a profile of this bundle first, else a bundle's folder, else a model file."""
     if against in bundle.profiles:
         if against == profile:
-            raise IsthmusError(f"--against {against}: that is the profile itself; name another one or another bundle's folder")
+            raise IsthmusError(f"--against {against}: that is the profile itself; name another one, another bundle's folder or a model file")
         _measurable(bundle, [against], trust)
-        return against, bundle, against
-    if not Path(against).is_dir():
-        raise IsthmusError(f"--against {against!r}: neither a profile of this bundle ({', '.join(bundle.profiles)}) nor a bundle's folder")
+        return against, _opened(stack, bundle, against, threads, trust)
+    place = Path(against)
+    if place.suffix in FOREIGN and not place.is_dir():
+        session, feeds = open_foreign(place, threads, trust)
+        return against, (stack.enter_context(session), feeds)
+    if not place.is_dir():
+        known, files = ", ".join(bundle.profiles), " or ".join(FOREIGN)
+        raise IsthmusError(f"--against {against!r}: neither a profile of this bundle ({known}) nor a bundle's folder nor a {files} file")
     other = Bundle.open(against)
     chosen = profile if profile in other.profiles else next(iter(other.profiles)) if len(other.profiles) == 1 else ""
     if not chosen:
         raise IsthmusError(f"--against {against}: holds {', '.join(other.profiles)}, and not {profile}")
     _measurable(other, [chosen], trust)
-    return f"{chosen} @ {against}", other, chosen
+    return f"{chosen} @ {against}", _opened(stack, other, chosen, threads, trust)
 
 
 def _compared(measurements: Mapping[str, Measurement]) -> dict[str, Measurement]:

@@ -83,7 +83,10 @@ def bench(
     scenario: Annotated[
         str, typer.Option("--scenario", help="SingleStream (latency of one), MultiStream (of several in a row) or Offline (throughput).")
     ] = "SingleStream",
-    against: Annotated[str | None, typer.Option("--against", help="A profile of this bundle, or another bundle: measured in turns, the ratio printed.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="A profile of this bundle, another bundle, or any .tflite or .onnx file: measured in turns, the ratio printed."),
+    ] = None,
     threads: Threads = 1,
     pin: Annotated[str | None, typer.Option("--pin", help="Processors to stay on, such as 0 or 0,2-3.")] = None,
     percentile: Annotated[float, typer.Option("--percentile", help="The percentile to be quoted: it decides how many samples are needed.")] = 99.0,

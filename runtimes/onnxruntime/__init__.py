@@ -21,8 +21,8 @@ _LEVELS = {"all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL, "off": ort.GraphOpt
 _DTYPES = {"tensor(int8)": "int8", "tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(int32)": "int32"}
 _ERRORS_ONLY = 3
 _TIMED = "_kernel_time"  # what the profile appends to the name of a node that ran
-# They have no base of their own.
-_LOAD_ERRORS = (
+# What ONNX Runtime raises on a model: they have no base of their own.
+ERRORS = (
     *(state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoModel, state.NoSuchFile, state.NotImplemented),
     *(state.RuntimeException, RuntimeError, ValueError),  # ValueError: text in the file that is not UTF-8
 )
@@ -49,7 +49,7 @@ class OnnxRuntimeSession(Session):
     def __init__(self, file: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], threads: int = 1, optimisation: str = "all") -> None:
         super().__init__(inputs, outputs)
         self._file, self._threads, self._optimisation = file, threads, optimisation
-        self._session = _load(file, session_options(threads, optimisation))
+        self._session = load(file, session_options(threads, optimisation))
         _same_border(file, "input", inputs, self._session.get_inputs())
         _same_border(file, "output", outputs, self._session.get_outputs())
         self._binding = self._session.io_binding()
@@ -77,7 +77,7 @@ class OnnxRuntimeSession(Session):
             options = session_options(self._threads, self._optimisation)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-            session = _load(self._file, options)
+            session = load(self._file, options)
             for _ in range(1 + runs):  # the first one allocates
                 session.run(None, dict(feeds))
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -117,12 +117,13 @@ def _means(events: list[dict[str, Any]], runs: int) -> list[tuple[str, float]]:
     return [(name, sum(times[-runs:]) / len(times[-runs:])) for name, times in spans.items()]
 
 
-def _load(file: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+def load(file: Path, options: ort.SessionOptions, advice: str = "compile the bundle again") -> ort.InferenceSession:
+    """The file as it is. Raises `IsthmusError` with `advice` where ONNX Runtime cannot load it."""
     try:
         return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"], enable_fallback=0)  # else it prints, and tries again
-    except _LOAD_ERRORS as error:
+    except ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise IsthmusError(f"{file}: ONNX Runtime {ort.__version__} cannot load it ({reason}); compile the bundle again") from None
+        raise IsthmusError(f"{file}: ONNX Runtime {ort.__version__} cannot load it ({reason}); {advice}") from None
 
 
 def _same_border(file: Path, side: str, specs: tuple[TensorSpec, ...], found: list[Any]) -> None:

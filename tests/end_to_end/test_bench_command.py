@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 import isthmus
 from isthmus.bundle import Bundle
@@ -54,13 +56,56 @@ def test_one_against_another_profile_and_another_bundle(bundle, command, tmp_pat
     assert "times as long as" in (bundle / "reports" / "report.html").read_text()
 
 
+def float_onnx(file: Path, shape: list[int | str | None], op: str = "Softmax", dtype: int = TensorProto.FLOAT) -> Path:
+    ends = [helper.make_tensor_value_info(name, dtype, shape) for name in ("image", "y")]
+    opset = helper.make_opsetid("", 17)
+    onnx.save(
+        helper.make_model(helper.make_graph([helper.make_node(op, ["image"], ["y"])], "g", ends[:1], ends[1:]), opset_imports=[opset], ir_version=8), file
+    )
+    return file
+
+
+@pytest.mark.parametrize("kind", ["tflite", "onnx", "free batch"])
+def test_against_a_file_that_somebody_else_made(bundle, command, tmp_path, kind):
+    """What a user has now, in the same turns: the answer to whether changing is worth it."""
+    file = bundle / "artifacts" / "rpi5" / "model.tflite" if kind == "tflite" else float_onnx(tmp_path / "theirs.onnx", ["N" if kind == "free batch" else 1, 8])
+    before = sorted(bundle.rglob("*"))
+    code, out, _ = command("bench", bundle, "-t", "cpu", "--against", file, *QUICK, "--json")
+    assert code == 0
+    printed = json.loads(out)
+    assert printed["cpu"]["conditions"]["against"]["name"] == str(file) and printed[str(file)]["count"] >= 50
+    code, out, _ = command("bench", bundle, "-t", "cpu", "--against", file, *QUICK)
+    assert code == 0 and f"times as long as {file} (95 % interval" in out
+    assert {place.name for place in set(bundle.rglob("*")) - set(before)} <= {"bench-cpu.json"}
+
+
+def test_against_a_file_that_cannot_be_measured_is_one_sentence(bundle, command, tmp_path):
+    (tmp_path / "no.onnx").write_bytes(b"no model")
+    (tmp_path / "no.tflite").write_bytes(b"no model")
+    places = {
+        tmp_path / "missing.onnx": "no such file",
+        tmp_path / "no.onnx": "not an ONNX file",
+        tmp_path / "no.tflite": "no.tflite",
+        float_onnx(tmp_path / "free.onnx", [1, "C", 8]): "only the batch may be free",
+        float_onnx(tmp_path / "text.onnx", [1, 8], "Identity", TensorProto.STRING): "is a tensor(string)",
+        float_onnx(tmp_path / "whole.onnx", [1, 8], "Erf", TensorProto.INT8): "cannot load it",
+    }
+    for place, message in places.items():
+        code, _, err = command("bench", bundle, "-t", "cpu", "--against", place, *QUICK)
+        (said,) = (line for line in err.splitlines() if "measuring latency" not in line and line)
+        assert code == 2 and said.startswith("isthmus: ") and message in said
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("-t", "jetson-orin-nano"), "jetson-orin-nano: needs the board"),
         (("--against", "rpi5"), "--against compares one profile"),
         (("-t", "cpu", "--against", "cpu"), "that is the profile itself"),
-        (("-t", "cpu", "--against", "nothing"), "neither a profile of this bundle (cpu, rpi5, jetson-orin-nano) nor a bundle's folder"),
+        (
+            ("-t", "cpu", "--against", "nothing"),
+            "neither a profile of this bundle (cpu, rpi5, jetson-orin-nano) nor a bundle's folder nor a .tflite or .onnx file",
+        ),
         (("-t", "cpu", "--against", "rpi5", "--scenario", "Offline"), "not in Offline"),
         (("--scenario", "Server"), "scenario 'Server' is unknown"),
         (("--threads", "0"), "threads must be above 0"),

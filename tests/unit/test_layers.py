@@ -32,6 +32,7 @@ TOP = {
     "sensitivity_model",
     "auto_recipe",
     "bench_bundle",
+    "foreign_model",
     "run_bundle",
     "layerwise",
     "candidates",
