@@ -22,6 +22,9 @@ from isthmus.train.zoo import ZooSystem
 from isthmus.train.zoo._amfacpose_task import pose_task
 
 ACTIVATIONS = {"mish": nn.Mish, "hardswish": nn.Hardswish}
+# Training pushes the logits of far bins without end, where they mean nothing any more: e^-20 of the likeliest, and less. int8 would spend its steps on
+# them, and the bins about the joint, which say where it is, would become too coarse to tell apart. A power of two: -128 steps.
+LEAST_LOGIT = -16.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ class TinyConfig:
 
 def _conv(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+
+
+def _from_least(logits: Tensor) -> Tensor:
+    return torch.clamp(logits, min=LEAST_LOGIT)
 
 
 class CoordConv(nn.Module):
@@ -244,7 +251,7 @@ class AmfacPose(nn.Module):
         if len(self.levels):
             x = self.fuse(torch.cat([level(features, size) for level, features in zip(self.levels, maps, strict=True)], dim=1))
         joints = self.joints(x).flatten(2)
-        return self.across(joints), self.down(joints)
+        return _from_least(self.across(joints)), _from_least(self.down(joints))
 
 
 class TinyPose(nn.Module):
@@ -268,7 +275,7 @@ class TinyPose(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 5, H, W), normalised pixels and coordinate planes, as logits (N, joints, W) and (N, joints, H)."""
         joints = self.trunk(image).flatten(2)
-        return self.across(joints), self.down(joints)
+        return _from_least(self.across(joints)), _from_least(self.down(joints))
 
 
 def _build(config: Config | TinyConfig) -> nn.Module:
