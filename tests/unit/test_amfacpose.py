@@ -17,16 +17,19 @@ import torch
 from torch import nn
 
 from isthmus import pipeline
+from isthmus.dataset import Dataset
 from isthmus.export.module import onnx_from_module
 from isthmus.export.prepare import prepare_float
 from isthmus.float_model import run_float
+from isthmus.post_training import PostTraining
 from isthmus.quantize.single_thread import single_thread
+from isthmus.recipe import load_recipe
 from isthmus.train.data import Split
 from isthmus.train.loop import TrainConfig, fit, predict
 from isthmus.train.processing.pose import COCO, shares_of
 from isthmus.train.task import Task
 from isthmus.train.zoo import _amfacpose_task as task_module
-from isthmus.train.zoo.amfacpose import ABLATION, FULL, SYSTEM, AmfacPose, Config, Context, CoordConv, Gate, Level, TinyPose, shrunk
+from isthmus.train.zoo.amfacpose import ABLATION, FULL, LEAST_LOGIT, SYSTEM, AmfacPose, Config, Context, CoordConv, Gate, Level, TinyPose, shrunk
 
 
 def script() -> ModuleType:
@@ -146,6 +149,25 @@ def test_tiny_trunk() -> None:
     tiny = TinyPose(SYSTEM.configuration("tinypose_fpga"))
     assert tiny.trunk(torch.zeros(1, 5, 64, 48)).shape == (1, 17, 8, 6)
     assert sum(parameter.numel() for parameter in tiny.trunk.parameters()) == 6_737
+
+
+@pytest.mark.parametrize("preset", ["ci", "tinypose_fpga"])
+def test_logits_of_far_bins_end_where_int8_can_follow(preset: str) -> None:
+    """Wherever training pushes them: the step of int8 is 2^-3 as long as no logit reaches 16, and -16 takes no operator of its own."""
+    torch.manual_seed(0)
+    module = SYSTEM.build(SYSTEM.configuration(preset)).eval()
+    samples = torch.randn(4, *SYSTEM.input_shape(SYSTEM.configuration(preset))[1:])
+    with torch.no_grad():
+        for head in (module.across, module.down):
+            module.get_parameter("across.2.bias" if head is module.across else "down.2.bias").copy_(torch.linspace(-60, 12, head[2].out_features))
+        outputs = module(samples)
+    assert all(float(logits.min()) == LEAST_LOGIT and float(logits.max()) < -LEAST_LOGIT for logits in outputs)
+    assert all((logits.argmax(-1) >= logits.shape[-1] - 8).all() for logits in outputs)
+    model = prepare_float(onnx_from_module(module, (samples[:1],), outputs=SYSTEM.outputs), {})
+    quantiser = PostTraining(model, Dataset({"input": samples.numpy()}, None, "noise"), lambda text, share: None)
+    graph, _ = quantiser.graph(load_recipe("portable"))
+    assert [spec.scale for spec in graph.outputs] == [2.0**-3] * 2
+    assert {node.clamp for node in graph.nodes if node.op in ("Clip", "Gemm", "MatMul")} <= {(-128, 127), (0, 127)}
 
 
 # ---- blocks
